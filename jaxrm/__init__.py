@@ -1,0 +1,1 @@
+"""jaxrm: train, merge, evaluate and serve reward models in JAX."""

@@ -1,0 +1,14 @@
+"""Decoder families by `model_type`; each file has `Backbone`, `config_from_hf`, `config_to_hf`, `NAMES`."""
+
+from types import ModuleType
+
+from jaxrm.backbones import llama
+
+FAMILIES: dict[str, ModuleType] = {'llama': llama}
+
+
+def family(model_type: str) -> ModuleType:
+    """The module of a config.json's `model_type`; raises ValueError when there is none."""
+    if model_type not in FAMILIES:
+        raise ValueError(f'model_type: {model_type!r}, expected one of {sorted(FAMILIES)}')
+    return FAMILIES[model_type]

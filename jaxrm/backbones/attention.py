@@ -1,0 +1,148 @@
+"""Causal attention over the rows of a pack, and the exchange between stream and rows.
+
+Letters: P packs, N stream tokens, R rows, S row length, Q query heads, K key/value heads,
+G = Q // K, H head width, T queries. Queries arrive scaled by H**-0.5.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrm.packing import Pack
+
+# (q_PRSQH, k_PRSKH, v_PRSKH, length_PR) -> o_PRSQH; rows are causal, real tokens come first
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def core(q, k, v, mask):
+    """Softmax attention in float32: q [..., T, Q, H], k and v [..., S, K, H], mask [..., T, S]."""
+    *lead, T, Q, H = q.shape
+    K = k.shape[-2]
+    q = q.reshape(*lead, T, K, Q // K, H)
+    logits = jnp.einsum('...TKGH,...SKH->...KGTS', q, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum('...KGTS,...SKH->...TKGH', weights, v).reshape(*lead, T, Q, H)
+
+
+def xla(q_PRSQH, k_PRSKH, v_PRSKH, length_PR):
+    """The reference, everywhere; materialises S x S weights."""
+    S = q_PRSQH.shape[2]
+    at = jnp.arange(S)
+    return core(q_PRSQH, k_PRSKH, v_PRSKH, (at[None, :] <= at[:, None])[None, None])
+
+
+def cudnn(q_PRSQH, k_PRSKH, v_PRSKH, length_PR):
+    """Fused attention on NVIDIA GPUs; bfloat16 or float16 only."""
+    P, R = q_PRSQH.shape[:2]
+    q, k, v = (x.reshape(P * R, *x.shape[2:]) for x in (q_PRSQH, k_PRSKH, v_PRSKH))
+    length = length_PR.reshape(P * R)
+    o = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=1.0,
+        is_causal=True,
+        query_seq_lengths=length,
+        key_value_seq_lengths=length,
+        implementation='cudnn',
+    )
+    return o.reshape(q_PRSQH.shape)
+
+
+IMPLEMENTATIONS: dict[str, Attention] = {'xla': xla, 'cudnn': cudnn}
+
+
+def _get(x, index):
+    """x[p, index[p]] for every pack; the vmap keeps the gather local to its device."""
+    return jax.vmap(lambda x, i: x.at[i].get(mode='promise_in_bounds'))(x, index)
+
+
+def _get_or_zero(x, index):
+    return jax.vmap(lambda x, i: x.at[i].get(mode='fill', fill_value=0))(x, index)
+
+
+def _flat(x):
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def backs(pack: Pack):
+    """`back_PN` for each row class: past the end where another class holds the token."""
+    first = 0
+    for slot in pack.slot:
+        n = slot[0].size
+        inside = (pack.back_PN >= first) & (pack.back_PN < first + n)
+        yield jnp.where(inside, pack.back_PN - first, n)  # never negative: -1 would wrap around
+        first += n
+
+
+@jax.custom_vjp
+def query_rows(x_PN, slot_PRS, back_PN):
+    """Rows of a stream whose copies are read back once.
+
+    Only that copy has a gradient, so the transpose is a gather too, and not a scatter-add.
+    """
+    return _get(x_PN, slot_PRS)
+
+
+query_rows.defvjp(
+    lambda x, slot, back: (_get(x, slot), back),
+    lambda back, g: (_get_or_zero(_flat(g), back), None, None),
+)
+
+
+@jax.custom_vjp
+def to_stream(o_PRS, slot_PRS, back_PN):
+    """Each token's output, from the row slot it reads back; 0 where another class holds it."""
+    return _get_or_zero(_flat(o_PRS), back_PN)
+
+
+def _to_stream_bwd(res, g_PN):
+    slot, back = res
+    own = _get(back, slot) == jnp.arange(slot[0].size).reshape(1, *slot.shape[1:])
+    return jnp.where(own[..., None, None], _get(g_PN, slot), 0), None, None
+
+
+to_stream.defvjp(
+    lambda o, slot, back: (_get_or_zero(_flat(o), back), (slot, back)), _to_stream_bwd
+)
+
+
+def lengths(pack: Pack):
+    """[P, R] real tokens of each row, for each class (1 where the row is unused)."""
+    return [_get(pack.pos_PN, read[..., 1]) + 1 for read in pack.read]
+
+
+def attend(q_PNQH, k_PNKH, v_PNKH, pack: Pack, attention: Attention):
+    """o_PNQH: every token attends to its own row, up to itself."""
+    if pack.slot is None:
+        row = lambda x: x[:, None]  # noqa: E731
+        (length,) = lengths(pack)
+        return attention(row(q_PNQH), row(k_PNKH), row(v_PNKH), length)[:, 0]
+    return sum(
+        to_stream(
+            attention(query_rows(q_PNQH, slot, back), _get(k_PNKH, slot), _get(v_PNKH, slot), n),
+            slot,
+            back,
+        )
+        for slot, back, n in zip(pack.slot, backs(pack), lengths(pack), strict=True)
+    )
+
+
+def at_read(x_PN, pack: Pack):
+    """[P, R, 2, ...] values at the chosen tokens of each row, R over all row classes."""
+    return _get(x_PN, jnp.concatenate(pack.read, axis=1))
+
+
+def attend_at_read(q_PRTQH, k_PNKH, v_PNKH, pack: Pack):
+    """o_PRTQH: the chosen tokens attend to their whole rows; R over all row classes."""
+    at_PRT = at_read(pack.pos_PN, pack)
+    slots = [None] if pack.slot is None else pack.slot
+    out, first = [], 0
+    for slot, read in zip(slots, pack.read, strict=True):
+        mine = slice(first, first := first + read.shape[1])
+        k, v = (x[:, None] if slot is None else _get(x, slot) for x in (k_PNKH, v_PNKH))
+        mask = jnp.arange(k.shape[2])[None, None, None] <= at_PRT[:, mine, :, None]
+        out.append(core(q_PRTQH[:, mine], k, v, mask))
+    return jnp.concatenate(out, axis=1)

@@ -1,0 +1,339 @@
+"""Packs: every prompt stands once in a token stream, followed by its candidates.
+
+Letters: P packs, N stream tokens, R rows, S row length, B prompts, M candidates, J objectives.
+A *row* is what attention sees: a prompt followed by one candidate, right-padded to S. Rows come
+in a few static length classes; everything but attention runs on the stream.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrm.tokens import Tokens
+
+
+class Shape(NamedTuple):
+    """Static sizes of one pack: N tokens, row classes ((R, S), ...) with S ascending, B, M."""
+
+    tokens: int
+    rows: tuple[tuple[int, int], ...]
+    prompts: int
+    candidates: int
+
+
+class Pack(NamedTuple):
+    """P packs as arrays; int32 unless said otherwise, -1 marks what is absent.
+
+    `slot` holds for each class the stream index of every row slot (0 where unused), `back_PN` the
+    slot, counted over all classes laid end to end, whose attention output a token reads (one past
+    the end on padding), `read` the stream index of the prompt's closing token and of the last
+    token of each row, `row_PBM` the row that holds a candidate. `slot=None` is the padded layout:
+    every stream is its own row.
+    """
+
+    ids_PN: np.ndarray
+    pos_PN: np.ndarray
+    slot: tuple[np.ndarray, ...] | None  # [P, R, S] a class
+    back_PN: np.ndarray | None
+    read: tuple[np.ndarray, ...]  # [P, R, 2] a class
+    row_PBM: np.ndarray
+    rank_PBM: np.ndarray
+    margin_PBM: np.ndarray  # float32
+    rating_PBMJ: np.ndarray  # float32, NaN where missing
+    smoothing_PB: np.ndarray  # float32
+    group_PB: np.ndarray
+    record_PB: np.ndarray  # row of `Tokens`
+
+
+def spans(length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(owner, offset) of every element of ranges laid end to end: [2, 1] -> [0 0 1], [0 1 0]."""
+    owner = np.repeat(np.arange(len(length)), length)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
+
+
+def row_lengths(tokens: Tokens) -> np.ndarray:
+    """[c] tokens of each candidate's row: the shared prefix and its own."""
+    return np.repeat(tokens.prompt, np.diff(tokens.first)) + tokens.length
+
+
+def needs(tokens: Tokens, shape: Shape) -> np.ndarray:
+    """[n, 2 + classes] what each record takes: tokens, a prompt, rows of at least each class.
+
+    Rows are counted cumulatively from the longest class down, so that a row which overflows its
+    own class into a longer one is still a plain comparison of vectors.
+    """
+    longer = row_lengths(tokens)[:, None] > np.array([0] + [s for _, s in shape.rows[:-1]])
+    rows = np.add.reduceat(longer.astype(np.int64), tokens.first[:-1])
+    return np.column_stack([np.diff(tokens.start), np.ones(len(rows), np.int64), rows])
+
+
+def capacity(shape: Shape) -> np.ndarray:
+    """[2 + classes] what one pack holds, in the units of `needs`."""
+    rows = np.cumsum([r for r, _ in shape.rows][::-1])[::-1]
+    return np.array([shape.tokens, shape.prompts, *rows])
+
+
+def check_fits(tokens: Tokens, shape: Shape) -> None:
+    """Raises ValueError naming the first record that no pack of this shape can hold."""
+    longest = row_lengths(tokens).max(initial=0)
+    if longest > shape.rows[-1][1]:
+        raise ValueError(f'a row of {longest} tokens, but the longest class has {shape.rows[-1][1]}')
+    if (m := np.diff(tokens.first).max(initial=0)) > shape.candidates:
+        raise ValueError(f'a record with {m} candidates, but packs hold {shape.candidates}')
+    need, have = needs(tokens, shape), capacity(shape)
+    bad = np.flatnonzero((need > have).any(1))
+    if len(bad):
+        names = ['tokens', 'prompts'] + [f'rows over {s}' for s in [0] + [s for _, s in shape.rows]]
+        k = int(np.argmax(need[bad[0]] > have))
+        raise ValueError(
+            f'record {tokens.record[bad[0]]} needs {need[bad[0], k]} {names[k]}, '
+            f'but a pack holds {have[k]}'
+        )
+
+
+def _best_fit(need: np.ndarray, have: np.ndarray) -> list[list[int]]:
+    """Bins of record positions: longest first, each into the fullest bin that still takes it."""
+    bins: list[list[int]] = []
+    left = np.empty((len(need), len(have)), np.int64)
+    for i in np.argsort(-need[:, 0], kind='stable'):
+        room = left[: len(bins)] >= need[i]
+        fits = room.all(1)
+        if fits.any():
+            b = int(np.argmin(np.where(fits, left[: len(bins), 0], np.iinfo(np.int64).max)))
+        else:
+            b = len(bins)
+            bins.append([])
+            left[b] = have
+        bins[b].append(int(i))
+        left[b] -= need[i]
+    return bins
+
+
+def plan(tokens: Tokens, shape: Shape, *, order: np.ndarray, window: int = 2048) -> list[np.ndarray]:
+    """Packs as arrays of record positions: best fit inside windows of `order`."""
+    need, have = needs(tokens, shape), capacity(shape)
+    packs = []
+    for at in range(0, len(order), window):
+        part = order[at : at + window]
+        packs += [part[np.array(b)] for b in _best_fit(need[part], have)]
+    return packs
+
+
+class _Layout(NamedTuple):
+    """Where the records (_r) and candidates (_c) of some packs stand."""
+
+    record_r: np.ndarray
+    pack_r: np.ndarray
+    slot_r: np.ndarray  # b, the prompt's place in its pack
+    start_r: np.ndarray  # in the stream
+    length_r: np.ndarray
+    candidate_c: np.ndarray  # in `Tokens`
+    owner_c: np.ndarray  # position in the _r arrays
+    m_c: np.ndarray
+    start_c: np.ndarray  # of its own tokens, in the stream
+    prompt_c: np.ndarray
+    length_c: np.ndarray  # of its row
+    class_c: np.ndarray
+    row_c: np.ndarray  # in its class
+
+    @property
+    def pack_c(self) -> np.ndarray:
+        return self.pack_r[self.owner_c]
+
+
+def _choose_rows(pack_c, length_c, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """(class, row in the class) of each candidate: its own class or, when full, a longer one."""
+    class_c = np.searchsorted([s for _, s in shape.rows], length_c)
+    row_c = np.zeros(len(pack_c), np.int64)
+    order = np.lexsort((-length_c, pack_c))  # the longest rows of a pack choose first
+    used, last = [0] * len(shape.rows), -1
+    for c, pack, k in zip(
+        order.tolist(), pack_c[order].tolist(), class_c[order].tolist(), strict=True
+    ):
+        if pack != last:
+            used, last = [0] * len(shape.rows), pack
+        while used[k] >= shape.rows[k][0]:
+            k += 1
+        class_c[c], row_c[c] = k, used[k]
+        used[k] += 1
+    return class_c, row_c
+
+
+def _place(tokens: Tokens, packs: Sequence[np.ndarray], shape: Shape) -> _Layout:
+    """Records in the order given inside each pack, rows by length."""
+    record_r = np.concatenate([*packs, np.empty(0, np.int64)]).astype(np.int64)
+    pack_r, slot_r = spans(np.array([len(p) for p in packs], np.int64))
+    length_r = np.diff(tokens.start)[record_r]
+    end_r = np.cumsum(length_r)
+    start_r = end_r - length_r
+    start_r = start_r - start_r[np.arange(len(record_r)) - slot_r]
+    count_r = np.diff(tokens.first)[record_r]
+    owner_c, m_c = spans(count_r)
+    candidate_c = tokens.first[record_r][owner_c] + m_c
+    own_c = tokens.length[candidate_c].astype(np.int64)
+    prompt_c = tokens.prompt[record_r].astype(np.int64)[owner_c]
+    before_c = np.cumsum(own_c) - own_c
+    before_c = before_c - before_c[np.arange(len(own_c)) - m_c]
+    start_c = start_r[owner_c] + prompt_c + before_c
+    length_c = prompt_c + own_c
+    chosen = _choose_rows(pack_r[owner_c], length_c, shape)
+    return _Layout(
+        record_r, pack_r, slot_r, start_r, length_r,
+        candidate_c, owner_c, m_c, start_c, prompt_c, length_c, *chosen,
+    )  # fmt: skip
+
+
+def _fill_rows(tokens: Tokens, at: _Layout, shape: Shape, P: int):
+    """pos_PN, back_PN, slot and read: the exchange between stream and rows."""
+    lengths = np.array([s for _, s in shape.rows])
+    sizes = np.array([r for r, _ in shape.rows]) * lengths
+    first_c = (np.cumsum(sizes) - sizes)[at.class_c] + at.row_c * lengths[at.class_c]
+    c, offset = spans(at.length_c)
+    own = offset >= at.prompt_c[c]
+    stream = np.where(own, at.start_c[c] - at.prompt_c[c], at.start_r[at.owner_c][c]) + offset
+    pos = np.zeros((P, shape.tokens), np.int32)
+    back = np.full((P, shape.tokens), sizes.sum(), np.int32)
+    here = own | (at.m_c[c] == 0)  # a prompt's tokens are read back from its first row only
+    pack = at.pack_c[c]
+    pos[pack[here], stream[here]] = offset[here]
+    back[pack[here], stream[here]] = (first_c[c] + offset)[here]
+    slot, read = [], []
+    gate_c = tokens.gate[at.record_r][at.owner_c]
+    for k, (R, S) in enumerate(shape.rows):
+        s, mine = np.zeros((P, R, S), np.int32), at.class_c[c] == k
+        s[pack[mine], at.row_c[c][mine], offset[mine]] = stream[mine]
+        mine = at.class_c == k
+        p, r = at.pack_c[mine], at.row_c[mine]
+        ends = np.zeros((P, R, 2), np.int32)
+        ends[p, r, 0] = s[p, r, gate_c[mine]]
+        ends[p, r, 1] = s[p, r, at.length_c[mine] - 1]
+        slot.append(s)
+        read.append(ends)
+    return pos, back, tuple(slot), tuple(read)
+
+
+def _scatter(shape: tuple[int, ...], index, value, absent, dtype=np.int32) -> np.ndarray:
+    out = np.full(shape, absent, dtype)
+    out[index] = value
+    return out
+
+
+def fill(
+    tokens: Tokens, packs: Sequence[np.ndarray], shape: Shape, *, count: int | None = None
+) -> Pack:
+    """The arrays of `packs` (record positions), with empty packs behind them up to `count`."""
+    P, B, M = count or len(packs), shape.prompts, shape.candidates
+    at = _place(tokens, packs, shape)
+    t, offset = spans(at.length_r)
+    ids = np.zeros((P, shape.tokens), np.int32)
+    ids[at.pack_r[t], at.start_r[t] + offset] = tokens.ids[tokens.start[at.record_r][t] + offset]
+    pos, back, slot, read = _fill_rows(tokens, at, shape, P)
+    counts = np.array([r for r, _ in shape.rows])
+    row_c = (np.cumsum(counts) - counts)[at.class_c] + at.row_c
+    of_c, of_r = (at.pack_c, at.slot_r[at.owner_c], at.m_c), (at.pack_r, at.slot_r)
+    c, r, f32 = at.candidate_c, at.record_r, np.float32
+    rating_cJ = tokens.rating[c]
+    return Pack(
+        ids_PN=ids,
+        pos_PN=pos,
+        slot=slot,
+        back_PN=back,
+        read=read,
+        row_PBM=_scatter((P, B, M), of_c, row_c, 0),
+        rank_PBM=_scatter((P, B, M), of_c, tokens.rank[c], -1),
+        margin_PBM=_scatter((P, B, M), of_c, tokens.margin[c], 0, f32),
+        rating_PBMJ=_scatter((P, B, M, rating_cJ.shape[1]), of_c, rating_cJ, np.nan, f32),
+        smoothing_PB=_scatter((P, B), of_r, tokens.smoothing[r], 0, f32),
+        group_PB=_scatter((P, B), of_r, tokens.group[r], -1),
+        record_PB=_scatter((P, B), of_r, r, -1),
+    )
+
+
+def padded(tokens: Tokens, records: np.ndarray, shape: tuple[int, int]) -> Pack:
+    """One row a candidate, padded to (rows, length): the oracle that packs are tested against.
+
+    Every stream is its own row, so B = M = 1 and the candidates follow each other along P.
+    """
+    R, S = shape
+    packs = [
+        (int(i), int(c)) for i in records for c in range(tokens.first[i], tokens.first[i + 1])
+    ]
+    ids, read = np.zeros((R, S), np.int32), np.zeros((R, 1, 2), np.int32)
+    rank = np.full((R, 1, 1), -1, np.int32)
+    record = np.full((R, 1), -1, np.int32)
+    for p, (i, c) in enumerate(packs):
+        first, own = tokens.start[i], tokens.length[tokens.first[i] : c + 1].astype(int)
+        end = first + tokens.prompt[i] + own.sum()
+        row = np.concatenate([tokens.ids[first : first + tokens.prompt[i]], tokens.ids[end - own[-1] : end]])
+        ids[p, : len(row)], read[p, 0] = row, (tokens.gate[i], len(row) - 1)
+        rank[p], record[p] = tokens.rank[c], i
+    zero = np.zeros((R, 1, 1), np.int32)
+    return Pack(
+        ids_PN=ids,
+        pos_PN=np.tile(np.arange(S, dtype=np.int32), (R, 1)),
+        slot=None,
+        back_PN=None,
+        read=(read,),
+        row_PBM=zero,
+        rank_PBM=rank,
+        margin_PBM=zero.astype(np.float32),
+        rating_PBMJ=np.full((R, 1, 1, 0), np.nan, np.float32),
+        smoothing_PB=np.zeros((R, 1), np.float32),
+        group_PB=record * 0 - 1,
+        record_PB=record,
+    )
+
+
+def _shape(tokens: Tokens, size: int, quantiles, multiple: int, slack: float) -> Shape:
+    """Row classes end at quantiles of row length and at the maximum, rounded up to `multiple`.
+
+    There are `slack` times as many rows of each as a full pack is expected to need (packs of short
+    records need more), and never fewer than any single record takes.
+    """
+    length, total = row_lengths(tokens), np.diff(tokens.start)
+    ends = np.quantile(length, [*quantiles, 1.0])
+    ends = np.unique(np.ceil(ends / multiple).astype(int) * multiple)
+    records = size / total.mean()
+    guess = Shape(size, tuple((0, int(s)) for s in ends), 1, 1)
+    most = needs(tokens, guess)[:, 2:].max(0)  # rows of at least each class, of one record
+    rows: list[tuple[int, int]] = []
+    longer = 0
+    for k in reversed(range(len(ends))):
+        low = ends[k - 1] if k else 0
+        share = ((length > low) & (length <= ends[k])).sum() / len(total)
+        count = max(round(share * records * slack), int(most[k]) - longer, 1)
+        longer += count
+        rows.insert(0, (int(count), int(ends[k])))
+    prompts, candidates = int(np.ceil(records * 1.6)) + 1, int(np.diff(tokens.first).max())
+    return Shape(size, tuple(rows), prompts, candidates)
+
+
+def cost(shape: Shape, packs: int, *, width: int) -> float:
+    """Token equivalents of a forward pass over `packs`: linears, and causal attention on rows.
+
+    A decoder layer of width D costs about 24 D^2 FLOPs a token in its linears and 2 D S^2 a row
+    of causal attention, hence S^2 / 12 D tokens.
+    """
+    return packs * (shape.tokens + sum(r * s * s for r, s in shape.rows) / (12 * width))
+
+
+def fit(tokens: Tokens, *, size: int, width: int = 4096, multiple: int = 128) -> Shape:
+    """The cheapest of some pack shapes of about `size` tokens, by packing a sample of the data.
+
+    `size` grows to hold the longest record. Raises ValueError when there is no record.
+    """
+    n = len(tokens.start) - 1
+    if not n:
+        raise ValueError('no record to fit a pack shape to')
+    size = -(-max(size, int(np.diff(tokens.start).max())) // multiple) * multiple
+    sample = np.random.default_rng(0).permutation(n)[:2048]
+    best = None
+    for quantiles in ((), (0.6,), (0.5, 0.9), (0.4, 0.8), (0.5, 0.8, 0.97)):
+        for slack in (1.0, 1.1, 1.25, 1.4, 1.6, 1.8):
+            shape = _shape(tokens, size, quantiles, multiple, slack)
+            price = cost(shape, len(plan(tokens, shape, order=sample)), width=width)
+            if best is None or price < best[0]:
+                best = price, shape
+    assert best is not None
+    return best[1]

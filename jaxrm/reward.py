@@ -1,0 +1,53 @@
+"""A reward model: a backbone, an optional adapter on it, and a head."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrm import lora, tree
+from jaxrm.packing import Pack
+
+
+class Features(NamedTuple):
+    """States at each candidate's last token and at each prompt's closing token, float32."""
+
+    answer_BMD: jax.Array
+    prompt_BD: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """Functions of params = {'backbone', 'head', and optionally 'lora'}; B counts over all packs."""
+
+    backbone: nn.Module
+    head: nn.Module
+    lora_scale: float = 1.0
+
+    def states(self, params: tree.Tree, pack: Pack, *, read='last', dropout=0.0, key=None):
+        """The backbone's states, adapter included; see `backbones.layers.Decoder`."""
+        variables: dict[str, Any] = {'params': params['backbone']}
+        if 'lora' in params:
+            variables['lora'] = lora.scaled(params['lora'], self.lora_scale)
+        rngs = {'dropout': key} if dropout else None
+        return self.backbone.apply(variables, pack, read=read, dropout=dropout, rngs=rngs)
+
+    def features(self, params: tree.Tree, pack: Pack, *, dropout=0.0, key=None) -> Features:
+        """Features of every candidate and prompt of the batch; those of absent ones mean nothing."""
+        z_PRTD = self.states(params, pack, dropout=dropout, key=key)
+        row = jax.vmap(lambda z, i: z.at[i].get(mode='promise_in_bounds'))
+        answer_PBMD = row(z_PRTD[:, :, 1], pack.row_PBM)
+        prompt_PBD = row(z_PRTD[:, :, 0], pack.row_PBM[:, :, 0])
+        merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        return Features(merge(answer_PBMD), merge(prompt_PBD))
+
+    def score(self, params: tree.Tree, pack: Pack, *, dropout=0.0, key=None) -> jax.Array:
+        """score_BM, float32."""
+        z = self.features(params, pack, dropout=dropout, key=key)
+        return self.head.apply({'params': params['head']}, z.answer_BMD)
+
+    def init_head(self, key: jax.Array, width: int) -> tree.Tree:
+        """Fresh head parameters for features of this width."""
+        return self.head.init(key, jnp.zeros((1, 1, width))).get('params', {})
