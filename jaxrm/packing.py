@@ -5,7 +5,7 @@ A *row* is what attention sees: a prompt followed by one candidate, right-padded
 in a few static length classes; everything but attention runs on the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -337,3 +337,59 @@ def fit(tokens: Tokens, *, size: int, width: int = 4096, multiple: int = 128) ->
                 best = price, shape
     assert best is not None
     return best[1]
+
+
+class Batches:
+    """Training batches of P packs: batch i is a pure function of (tokens, shape, seed, i).
+
+    Each epoch is packed anew from its own permutation, and its packs are shuffled; the packs of
+    successive epochs form one stream, of which a step takes the next P, so that no step but the
+    last of the last epoch (`epochs=None`: none) is filled up with empty packs.
+    """
+
+    def __init__(
+        self, tokens: Tokens, shape: Shape, packs: int, *, seed: int, epochs: int | None = None
+    ):
+        check_fits(tokens, shape)
+        self.tokens, self.shape, self.packs = tokens, shape, packs
+        self.seed, self.epochs = seed, epochs
+        self._stream: list[np.ndarray] = []
+        self._planned = 0
+
+    def _plan_epoch(self) -> None:
+        rng = np.random.default_rng([self.seed, self._planned])
+        order = rng.permutation(len(self.tokens.prompt))
+        packs = plan(self.tokens, self.shape, order=order)
+        self._stream += [packs[i] for i in rng.permutation(len(packs))]
+        self._planned += 1
+
+    def _take(self, first: int, last: int) -> list[np.ndarray]:
+        while len(self._stream) < last and self._planned != self.epochs:
+            self._plan_epoch()
+        return self._stream[first:last]
+
+    def __len__(self) -> int:
+        """Steps in all epochs; ValueError when they are endless."""
+        if self.epochs is None:
+            raise ValueError('epochs: None, so the number of steps has to be given')
+        while self._planned < self.epochs:
+            self._plan_epoch()
+        return -(-len(self._stream) // self.packs)
+
+    def __call__(self, i: int) -> Pack:
+        packs = self._take(i * self.packs, (i + 1) * self.packs)
+        return fill(self.tokens, packs, self.shape, count=self.packs)
+
+    def prompts(self, steps: int) -> np.ndarray:
+        """[steps] prompts in each step."""
+        sizes = [len(p) for p in self._take(0, steps * self.packs)]
+        sizes += [0] * (steps * self.packs - len(sizes))
+        return np.array(sizes).reshape(steps, self.packs).sum(1)
+
+
+def in_order(tokens: Tokens, shape: Shape, packs: int) -> Iterator[Pack]:
+    """Every record once, in batches of P packs, for scoring; `record_PB` says who is where."""
+    check_fits(tokens, shape)
+    planned = plan(tokens, shape, order=np.arange(len(tokens.prompt)))
+    for at in range(0, len(planned), packs):
+        yield fill(tokens, planned[at : at + packs], shape, count=packs)

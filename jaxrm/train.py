@@ -1,0 +1,255 @@
+"""Training: objectives, one pure step, and the loop around it."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxrm import losses, sharding, tree
+from jaxrm.packing import Pack
+
+Metrics = dict[str, jax.Array]
+# (params, batch, key) -> (mean, metrics); metrics['count'] says over how many the mean is taken
+Objective = Callable[[tree.Tree, Any, jax.Array], tuple[jax.Array, Metrics]]
+Hook = tuple[int, Callable[['int', 'State', Metrics], None]]
+
+
+class State(NamedTuple):
+    """What a step changes: the number of steps done, the learning parts, the optimiser's memory."""
+
+    step: jax.Array
+    trainable: tree.Tree
+    opt: Any
+
+
+def present(rank_BM: jax.Array) -> jax.Array:
+    """[B, M] bool: which candidates exist."""
+    return rank_BM >= 0
+
+
+def preference(
+    score: Callable[..., jax.Array],
+    loss: Callable[..., jax.Array] = losses.bradley_terry,
+    *,
+    center_rewards_coefficient: float = 0.0,
+) -> Objective:
+    """Objective: mean over the prompts that have an ordered pair of `loss` on `score`.
+
+    Metrics carry TRL's names; accuracy and margin are averaged by prompt, pairs that score equal
+    count as wrong and are also reported as `ties`.
+    """
+
+    def objective(params: tree.Tree, pack: Pack, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        score_BM, rank_BM = score(params, pack), merge(pack.rank_PBM)
+        margin_BM, smoothing_B = merge(pack.margin_PBM), merge(pack.smoothing_PB)
+        loss_B = loss(score_BM, rank_BM, margin_BM=margin_BM, smoothing_B=smoothing_B)
+        if center_rewards_coefficient:
+            loss_B += center_rewards_coefficient * losses.centering(score_BM, rank_BM)
+        count = (losses.pairs(rank_BM) > 0).sum()
+        mean = lambda x_B: x_B.sum() / jnp.maximum(count, 1)  # noqa: E731
+        metrics = {name: mean(f(score_BM, rank_BM)) for name, f in STATISTICS.items()}
+        return mean(loss_B), metrics | _rewards(score_BM, rank_BM) | {'count': count}
+
+    return objective
+
+
+STATISTICS = {'accuracy': losses.accuracy, 'margin': losses.margin, 'ties': losses.ties}
+
+
+def _rewards(score_BM: jax.Array, rank_BM: jax.Array) -> Metrics:
+    """Statistics over the candidates that stand in an ordered pair."""
+    ordered_BMM = losses.ordered(rank_BM)
+    here = ordered_BMM.any(1) | ordered_BMM.any(2)
+    return {
+        'min_reward': jnp.min(score_BM, initial=jnp.inf, where=here),
+        'mean_reward': jnp.sum(score_BM, where=here) / jnp.maximum(here.sum(), 1),
+        'max_reward': jnp.max(score_BM, initial=-jnp.inf, where=here),
+    }
+
+
+def language_modelling(logits: Callable[..., jax.Array]) -> Objective:
+    """Objective: mean over tokens of -log p(next token); logits(params, pack) -> [P, N, V]."""
+
+    def objective(params: tree.Tree, pack: Pack, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss_PN, count_PN = losses.next_token(logits(params, pack), pack.ids_PN, pack.pos_PN)
+        count = count_PN.sum()
+        return loss_PN.sum() / jnp.maximum(count, 1), {'count': count}
+
+    return objective
+
+
+def _split(batch: Any, parts: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+
+
+def _combine(metrics: Metrics) -> Metrics:
+    """One value of each metric from those of several micro-batches [A]."""
+    count = metrics['count']
+    weight = count / jnp.maximum(count.sum(), 1)
+    reduce = {'min_': jnp.min, 'max_': jnp.max, 'count': jnp.sum}
+    mean = lambda x: jnp.sum(jnp.where(count > 0, x, 0) * weight)  # noqa: E731
+    return {
+        name: next((f for start, f in reduce.items() if name.startswith(start)), mean)(x)
+        for name, x in metrics.items()
+    }
+
+
+def gradients(objective: Objective, trainable, frozen, batch, key, *, microbatches: int = 1):
+    """((loss, metrics), gradient) of the objective over the whole batch.
+
+    With `microbatches` the batch is taken in that many parts along P, one after the other, each
+    weighted by its count: the result is that of one batch.
+    """
+
+    def one(part, key):
+        loss = lambda t: objective({**frozen, **t}, part, key)  # noqa: E731
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return {**metrics, 'loss': value}, grads
+
+    if microbatches == 1:
+        return one(batch, key)
+
+    def body(total, xs):
+        metrics, grads = one(*xs)
+        weight = metrics['count'].astype(jnp.float32)
+        return jax.tree.map(lambda t, g: t + weight * g, total, grads), metrics
+
+    zero = jax.tree.map(jnp.zeros_like, trainable)
+    parts = _split(batch, microbatches), jax.random.split(key, microbatches)
+    total, metrics = jax.lax.scan(body, zero, parts)
+    metrics = _combine(metrics)
+    return metrics, jax.tree.map(lambda g: g / jnp.maximum(metrics['count'], 1), total)
+
+
+def step(
+    state: State, frozen: tree.Tree, batch: Any, key: jax.Array, *, objective, tx, microbatches=1
+) -> tuple[State, Metrics]:
+    """One update. Pure: (state, frozen, batch, key) -> (state, metrics)."""
+    key = jax.random.fold_in(key, state.step)
+    metrics, grads = gradients(
+        objective, state.trainable, frozen, batch, key, microbatches=microbatches
+    )
+    updates, opt = tx.update(grads, state.opt, state.trainable)
+    new = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt)
+    return new, {**metrics, 'grad_norm': optax.global_norm(grads)}
+
+
+def start(trainable: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state before the first step, placed on the mesh; float32 copies of what the caller owns."""
+
+    def make(trainable):
+        # A copy, since the first step donates it.
+        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
+        return State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+
+    out = sharding.shardings(jax.eval_shape(make, trainable), mesh)
+    return jax.jit(make, out_shardings=out)(trainable)
+
+
+def schedule(
+    learning_rate: float, steps: int, *, warmup: int = 0, kind: str = 'linear'
+) -> optax.Schedule:
+    """Learning rate by step: up over `warmup` steps, then 'constant', 'linear' to 0 or 'cosine' to 0."""
+    rest = max(steps - warmup, 1)
+    after = {
+        'constant': optax.constant_schedule(learning_rate),
+        'linear': optax.linear_schedule(learning_rate, 0.0, rest),
+        'cosine': optax.cosine_decay_schedule(learning_rate, rest),
+    }
+    if kind not in after:
+        raise ValueError(f'schedule: {kind!r}, expected one of {sorted(after)}')
+    up = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 1))
+    return optax.join_schedules([up, after[kind]], [warmup]) if warmup else after[kind]
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm; norms and vectors do not decay."""
+    decays = lambda params: tree.map_named(lambda name, x: 'norm' not in name, params)  # noqa: E731
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays),
+    )
+
+
+def _prefetch(make: Callable[[int], Any], indices: Sequence[int], depth: int = 2) -> Iterator[Any]:
+    """make(i) for every i, made ahead in a thread."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def work():
+        for i in indices:
+            try:
+                item = (make(i), None)
+            except BaseException as error:  # handed to the consumer, which raises it
+                item = (None, error)
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if stop.is_set() or item[1]:
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in indices:
+            batch, error = ready.get()
+            if error:
+                raise error
+            yield batch
+    finally:
+        stop.set()
+        thread.join()
+
+
+def fit(
+    state: State,
+    frozen: tree.Tree,
+    batches: Callable[[int], Pack],
+    key: jax.Array,
+    *,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    steps: int,
+    microbatches: int = 1,
+    hooks: Sequence[Hook] = (),
+) -> State:
+    """The state after `steps` steps in all; `state` is donated.
+
+    batches(i) is the batch of step i, on the host. A hook (every, fn) is called as
+    fn(steps done, state, metrics) after every so many steps; arrays are still on the device, and a
+    hook that reads the metrics just given waits for the step.
+    """
+    out = sharding.shardings(state, mesh), None
+    update = jax.jit(
+        partial(step, objective=objective, tx=tx, microbatches=microbatches),
+        donate_argnums=0,
+        out_shardings=out,
+    )
+    where = sharding.batch_sharding(mesh)
+    indices = range(int(state.step), steps)
+    loaded = _prefetch(lambda i: jax.device_put(batches(i), where), indices)
+    for done, batch in zip((i + 1 for i in indices), loaded, strict=True):
+        state, metrics = update(state, frozen, batch, key)
+        for every, fn in hooks:
+            if done % every == 0:
+                fn(done, state, metrics)
+    return state
