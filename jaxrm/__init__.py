@@ -1,1 +1,24 @@
-"""jaxrm: train, merge, evaluate and serve reward models in JAX."""
+"""jaxrm: train, merge, evaluate and serve reward models in JAX.
+
+`jaxrm.load(path)` is a reward model with `.score(conversations)`; every module, such as
+`jaxrm.losses`, is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxrm.scorer import load as load
+
+__version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'load':
+        return importlib.import_module('jaxrm.scorer').load
+    try:
+        return importlib.import_module(f'jaxrm.{name}')
+    except ModuleNotFoundError as error:
+        if error.name != f'jaxrm.{name}':
+            raise
+        raise AttributeError(f'jaxrm has no {name!r}') from error

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 
 def _kernel(module: nn.Module, shape: tuple[int, int]):
     """Drawn with std 1/sqrt(D + 1), as in Learning to summarize (arXiv 2009.01325)."""
-    return module.param('kernel', nn.initializers.normal((shape[0] + 1) ** -0.5), shape, jnp.float32)
+    return module.param(
+        'kernel', nn.initializers.normal((shape[0] + 1) ** -0.5), shape, jnp.float32
+    )
 
 
 class Scalar(nn.Module):

@@ -28,7 +28,9 @@ def init(backbone: tree.Tree, key: jax.Array, *, rank: int, targets: str = ALL_L
     if not chosen:
         raise ValueError(f'targets: {targets!r} matches none of {sorted(leaves)}')
     out = {}
-    for (name, x), k in zip(sorted(chosen.items()), jax.random.split(key, len(chosen)), strict=True):
+    for (name, x), k in zip(
+        sorted(chosen.items()), jax.random.split(key, len(chosen)), strict=True
+    ):
         *stack, fan_in, fan_out = x.shape
         bound = fan_in**-0.5
         shape = (*stack, fan_in, rank)

@@ -6,7 +6,7 @@ in a few static length classes; everything but attention runs on the stream.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,9 @@ class Shape(NamedTuple):
     candidates: int
 
 
+Array = Any  # numpy's on the host, jax's inside a program
+
+
 class Pack(NamedTuple):
     """P packs as arrays; int32 unless said otherwise, -1 marks what is absent.
 
@@ -32,18 +35,18 @@ class Pack(NamedTuple):
     every stream is its own row.
     """
 
-    ids_PN: np.ndarray
-    pos_PN: np.ndarray
-    slot: tuple[np.ndarray, ...] | None  # [P, R, S] a class
-    back_PN: np.ndarray | None
-    read: tuple[np.ndarray, ...]  # [P, R, 2] a class
-    row_PBM: np.ndarray
-    rank_PBM: np.ndarray
-    margin_PBM: np.ndarray  # float32
-    rating_PBMJ: np.ndarray  # float32, NaN where missing
-    smoothing_PB: np.ndarray  # float32
-    group_PB: np.ndarray
-    record_PB: np.ndarray  # row of `Tokens`
+    ids_PN: Array
+    pos_PN: Array
+    slot: Any  # a tuple of [P, R, S], one a class, or None
+    back_PN: Array
+    read: tuple[Array, ...]  # [P, R, 2] a class
+    row_PBM: Array
+    rank_PBM: Array
+    margin_PBM: Array  # float32
+    rating_PBMJ: Array  # float32, NaN where missing
+    smoothing_PB: Array  # float32
+    group_PB: Array
+    record_PB: Array  # row of `Tokens`
 
 
 def spans(length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,20 +79,20 @@ def capacity(shape: Shape) -> np.ndarray:
 
 def check_fits(tokens: Tokens, shape: Shape) -> None:
     """Raises ValueError naming the first record that no pack of this shape can hold."""
-    longest = row_lengths(tokens).max(initial=0)
-    if longest > shape.rows[-1][1]:
-        raise ValueError(f'a row of {longest} tokens, but the longest class has {shape.rows[-1][1]}')
-    if (m := np.diff(tokens.first).max(initial=0)) > shape.candidates:
-        raise ValueError(f'a record with {m} candidates, but packs hold {shape.candidates}')
-    need, have = needs(tokens, shape), capacity(shape)
-    bad = np.flatnonzero((need > have).any(1))
-    if len(bad):
-        names = ['tokens', 'prompts'] + [f'rows over {s}' for s in [0] + [s for _, s in shape.rows]]
-        k = int(np.argmax(need[bad[0]] > have))
-        raise ValueError(
-            f'record {tokens.record[bad[0]]} needs {need[bad[0], k]} {names[k]}, '
-            f'but a pack holds {have[k]}'
-        )
+    longest = np.maximum.reduceat(row_lengths(tokens), tokens.first[:-1])
+    over = [0] + [s for _, s in shape.rows[:-1]]
+    names = ['tokens', 'prompts', *(f'rows over {s}' for s in over)]
+    limits = [
+        (longest, 'tokens in a row', shape.rows[-1][1]),
+        (np.diff(tokens.first), 'candidates', shape.candidates),
+        *zip(needs(tokens, shape).T, names, capacity(shape), strict=True),
+    ]
+    for need, name, have in limits:
+        if len(bad := np.flatnonzero(need > have)):
+            i = bad[0]
+            raise ValueError(
+                f'record {tokens.record[i]} needs {need[i]} {name}, but a pack holds {have}'
+            )
 
 
 def _best_fit(need: np.ndarray, have: np.ndarray) -> list[list[int]]:
@@ -110,7 +113,9 @@ def _best_fit(need: np.ndarray, have: np.ndarray) -> list[list[int]]:
     return bins
 
 
-def plan(tokens: Tokens, shape: Shape, *, order: np.ndarray, window: int = 2048) -> list[np.ndarray]:
+def plan(
+    tokens: Tokens, shape: Shape, *, order: np.ndarray, window: int = 2048
+) -> list[np.ndarray]:
     """Packs as arrays of record positions: best fit inside windows of `order`."""
     need, have = needs(tokens, shape), capacity(shape)
     packs = []
@@ -256,16 +261,16 @@ def padded(tokens: Tokens, records: np.ndarray, shape: tuple[int, int]) -> Pack:
     Every stream is its own row, so B = M = 1 and the candidates follow each other along P.
     """
     R, S = shape
-    packs = [
-        (int(i), int(c)) for i in records for c in range(tokens.first[i], tokens.first[i + 1])
-    ]
+    packs = [(int(i), int(c)) for i in records for c in range(tokens.first[i], tokens.first[i + 1])]
     ids, read = np.zeros((R, S), np.int32), np.zeros((R, 1, 2), np.int32)
     rank = np.full((R, 1, 1), -1, np.int32)
     record = np.full((R, 1), -1, np.int32)
     for p, (i, c) in enumerate(packs):
         first, own = tokens.start[i], tokens.length[tokens.first[i] : c + 1].astype(int)
         end = first + tokens.prompt[i] + own.sum()
-        row = np.concatenate([tokens.ids[first : first + tokens.prompt[i]], tokens.ids[end - own[-1] : end]])
+        row = np.concatenate(
+            [tokens.ids[first : first + tokens.prompt[i]], tokens.ids[end - own[-1] : end]]
+        )
         ids[p, : len(row)], read[p, 0] = row, (tokens.gate[i], len(row) - 1)
         rank[p], record[p] = tokens.rank[c], i
     zero = np.zeros((R, 1, 1), np.int32)
@@ -285,60 +290,6 @@ def padded(tokens: Tokens, records: np.ndarray, shape: tuple[int, int]) -> Pack:
     )
 
 
-def _shape(tokens: Tokens, size: int, quantiles, multiple: int, slack: float) -> Shape:
-    """Row classes end at quantiles of row length and at the maximum, rounded up to `multiple`.
-
-    There are `slack` times as many rows of each as a full pack is expected to need (packs of short
-    records need more), and never fewer than any single record takes.
-    """
-    length, total = row_lengths(tokens), np.diff(tokens.start)
-    ends = np.quantile(length, [*quantiles, 1.0])
-    ends = np.unique(np.ceil(ends / multiple).astype(int) * multiple)
-    records = size / total.mean()
-    guess = Shape(size, tuple((0, int(s)) for s in ends), 1, 1)
-    most = needs(tokens, guess)[:, 2:].max(0)  # rows of at least each class, of one record
-    rows: list[tuple[int, int]] = []
-    longer = 0
-    for k in reversed(range(len(ends))):
-        low = ends[k - 1] if k else 0
-        share = ((length > low) & (length <= ends[k])).sum() / len(total)
-        count = max(round(share * records * slack), int(most[k]) - longer, 1)
-        longer += count
-        rows.insert(0, (int(count), int(ends[k])))
-    prompts, candidates = int(np.ceil(records * 1.6)) + 1, int(np.diff(tokens.first).max())
-    return Shape(size, tuple(rows), prompts, candidates)
-
-
-def cost(shape: Shape, packs: int, *, width: int) -> float:
-    """Token equivalents of a forward pass over `packs`: linears, and causal attention on rows.
-
-    A decoder layer of width D costs about 24 D^2 FLOPs a token in its linears and 2 D S^2 a row
-    of causal attention, hence S^2 / 12 D tokens.
-    """
-    return packs * (shape.tokens + sum(r * s * s for r, s in shape.rows) / (12 * width))
-
-
-def fit(tokens: Tokens, *, size: int, width: int = 4096, multiple: int = 128) -> Shape:
-    """The cheapest of some pack shapes of about `size` tokens, by packing a sample of the data.
-
-    `size` grows to hold the longest record. Raises ValueError when there is no record.
-    """
-    n = len(tokens.start) - 1
-    if not n:
-        raise ValueError('no record to fit a pack shape to')
-    size = -(-max(size, int(np.diff(tokens.start).max())) // multiple) * multiple
-    sample = np.random.default_rng(0).permutation(n)[:2048]
-    best = None
-    for quantiles in ((), (0.6,), (0.5, 0.9), (0.4, 0.8), (0.5, 0.8, 0.97)):
-        for slack in (1.0, 1.1, 1.25, 1.4, 1.6, 1.8):
-            shape = _shape(tokens, size, quantiles, multiple, slack)
-            price = cost(shape, len(plan(tokens, shape, order=sample)), width=width)
-            if best is None or price < best[0]:
-                best = price, shape
-    assert best is not None
-    return best[1]
-
-
 class Batches:
     """Training batches of P packs: batch i is a pure function of (tokens, shape, seed, i).
 
@@ -350,17 +301,24 @@ class Batches:
     def __init__(
         self, tokens: Tokens, shape: Shape, packs: int, *, seed: int, epochs: int | None = None
     ):
+        if not len(tokens.prompt):
+            raise ValueError('no record to make batches of')
         check_fits(tokens, shape)
         self.tokens, self.shape, self.packs = tokens, shape, packs
         self.seed, self.epochs = seed, epochs
         self._stream: list[np.ndarray] = []
+        self._counts = [np.zeros((1, 2), np.int64)]  # records and tokens up to each pack
         self._planned = 0
 
     def _plan_epoch(self) -> None:
         rng = np.random.default_rng([self.seed, self._planned])
         order = rng.permutation(len(self.tokens.prompt))
         packs = plan(self.tokens, self.shape, order=order)
-        self._stream += [packs[i] for i in rng.permutation(len(packs))]
+        packs = [packs[i] for i in rng.permutation(len(packs))]
+        size = np.diff(self.tokens.start)
+        new = np.array([(len(p), size[p].sum()) for p in packs])
+        self._counts.append(self._counts[-1][-1] + np.cumsum(new, axis=0))
+        self._stream += packs
         self._planned += 1
 
     def _take(self, first: int, last: int) -> list[np.ndarray]:
@@ -378,13 +336,15 @@ class Batches:
 
     def __call__(self, i: int) -> Pack:
         packs = self._take(i * self.packs, (i + 1) * self.packs)
+        if not packs:
+            raise ValueError(f'batch {i}: {self.epochs} epochs are only {len(self)} batches')
         return fill(self.tokens, packs, self.shape, count=self.packs)
 
-    def prompts(self, steps: int) -> np.ndarray:
-        """[steps] prompts in each step."""
-        sizes = [len(p) for p in self._take(0, steps * self.packs)]
-        sizes += [0] * (steps * self.packs - len(sizes))
-        return np.array(sizes).reshape(steps, self.packs).sum(1)
+    def counts(self, steps: int) -> np.ndarray:
+        """[steps + 1, 2] records and tokens seen before each step, and after the last one."""
+        self._take(0, steps * self.packs)
+        done = np.concatenate(self._counts)
+        return done[np.minimum(np.arange(steps + 1) * self.packs, len(done) - 1)]
 
 
 def in_order(tokens: Tokens, shape: Shape, packs: int) -> Iterator[Pack]:

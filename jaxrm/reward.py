@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -20,13 +19,15 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """Functions of params = {'backbone', 'head', and optionally 'lora'}; B counts over all packs."""
+    """Functions of params = {'backbone', 'head', optionally 'lora'}; B counts over all packs."""
 
-    backbone: nn.Module
-    head: nn.Module
+    backbone: Any  # a linen module
+    head: Any
     lora_scale: float = 1.0
 
-    def states(self, params: tree.Tree, pack: Pack, *, read='last', dropout=0.0, key=None):
+    def states(
+        self, params: tree.Tree, pack: Pack, *, read='last', dropout=0.0, key=None
+    ) -> jax.Array:
         """The backbone's states, adapter included; see `backbones.layers.Decoder`."""
         variables: dict[str, Any] = {'params': params['backbone']}
         if 'lora' in params:
@@ -35,7 +36,7 @@ class RewardModel:
         return self.backbone.apply(variables, pack, read=read, dropout=dropout, rngs=rngs)
 
     def features(self, params: tree.Tree, pack: Pack, *, dropout=0.0, key=None) -> Features:
-        """Features of every candidate and prompt of the batch; those of absent ones mean nothing."""
+        """Features of every candidate and prompt; those of absent ones mean nothing."""
         z_PRTD = self.states(params, pack, dropout=dropout, key=key)
         row = jax.vmap(lambda z, i: z.at[i].get(mode='promise_in_bounds'))
         answer_PBMD = row(z_PRTD[:, :, 1], pack.row_PBM)
@@ -47,6 +48,19 @@ class RewardModel:
         """score_BM, float32."""
         z = self.features(params, pack, dropout=dropout, key=key)
         return self.head.apply({'params': params['head']}, z.answer_BMD)
+
+    def logits(self, params: tree.Tree, pack: Pack) -> jax.Array:
+        """Next-token logits [P, N, V] of every stream token; the head is a LanguageModel."""
+        z_PND = self.states(params, pack, read='all')
+        embedding = params['backbone']['embed']['embedding']
+        return self.head.apply({'params': params['head']}, z_PND, embedding)
+
+    def init_backbone(self, key: jax.Array) -> tree.Tree:
+        """Fresh float32 backbone parameters."""
+        zero = jnp.zeros((1, 1), jnp.int32)
+        read, one = (zero[..., None].repeat(2, -1),), zero[..., None]
+        pack = Pack(zero, zero, None, None, read, *(one,) * 3, one[..., None], *(zero,) * 3)
+        return jax.jit(self.backbone.init)(key, pack)['params']
 
     def init_head(self, key: jax.Array, width: int) -> tree.Tree:
         """Fresh head parameters for features of this width."""

@@ -1,8 +1,10 @@
 """Training: objectives, one pure step, and the loop around it."""
 
 import queue
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,8 +43,8 @@ def preference(
 ) -> Objective:
     """Objective: mean over the prompts that have an ordered pair of `loss` on `score`.
 
-    Metrics carry TRL's names; accuracy and margin are averaged by prompt, pairs that score equal
-    count as wrong and are also reported as `ties`.
+    Metrics carry TRL's names; accuracy, margin and mean reward are averaged by prompt, pairs that
+    score equal count as wrong and are also reported as `ties`.
     """
 
     def objective(params: tree.Tree, pack: Pack, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -55,22 +57,36 @@ def preference(
         count = (losses.pairs(rank_BM) > 0).sum()
         mean = lambda x_B: x_B.sum() / jnp.maximum(count, 1)  # noqa: E731
         metrics = {name: mean(f(score_BM, rank_BM)) for name, f in STATISTICS.items()}
-        return mean(loss_B), metrics | _rewards(score_BM, rank_BM) | {'count': count}
+        return mean(loss_B), metrics | _extremes(score_BM, rank_BM) | {'count': count}
 
     return objective
 
 
-STATISTICS = {'accuracy': losses.accuracy, 'margin': losses.margin, 'ties': losses.ties}
-
-
-def _rewards(score_BM: jax.Array, rank_BM: jax.Array) -> Metrics:
-    """Statistics over the candidates that stand in an ordered pair."""
+def _ranked(rank_BM: jax.Array) -> jax.Array:
+    """[B, M] bool: the candidate stands in an ordered pair."""
     ordered_BMM = losses.ordered(rank_BM)
-    here = ordered_BMM.any(1) | ordered_BMM.any(2)
+    return ordered_BMM.any(1) | ordered_BMM.any(2)
+
+
+def _mean_reward(score_BM: jax.Array, rank_BM: jax.Array) -> jax.Array:
+    """[B] mean score of the candidates that stand in an ordered pair."""
+    here_BM = _ranked(rank_BM)
+    return jnp.sum(score_BM, axis=1, where=here_BM) / jnp.maximum(here_BM.sum(1), 1)
+
+
+STATISTICS = {
+    'accuracy': losses.accuracy,
+    'margin': losses.margin,
+    'ties': losses.ties,
+    'mean_reward': _mean_reward,
+}
+
+
+def _extremes(score_BM: jax.Array, rank_BM: jax.Array) -> Metrics:
+    here_BM = _ranked(rank_BM)
     return {
-        'min_reward': jnp.min(score_BM, initial=jnp.inf, where=here),
-        'mean_reward': jnp.sum(score_BM, where=here) / jnp.maximum(here.sum(), 1),
-        'max_reward': jnp.max(score_BM, initial=-jnp.inf, where=here),
+        'min_reward': jnp.min(score_BM, initial=jnp.inf, where=here_BM),
+        'max_reward': jnp.max(score_BM, initial=-jnp.inf, where=here_BM),
     }
 
 
@@ -86,23 +102,32 @@ def language_modelling(logits: Callable[..., jax.Array]) -> Objective:
 
 
 def _split(batch: Any, parts: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+    """Part a is packs a, a + parts, ...: each part is spread over the devices as the batch is."""
+
+    def split(x):
+        if x.shape[0] % parts:
+            raise ValueError(f'microbatches: {parts}, expected a divisor of {x.shape[0]} packs')
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def _combine(metrics: Metrics) -> Metrics:
     """One value of each metric from those of several micro-batches [A]."""
     count = metrics['count']
     weight = count / jnp.maximum(count.sum(), 1)
-    reduce = {'min_': jnp.min, 'max_': jnp.max, 'count': jnp.sum}
-    mean = lambda x: jnp.sum(jnp.where(count > 0, x, 0) * weight)  # noqa: E731
+    reduce: dict[str, Any] = {'min_': jnp.min, 'max_': jnp.max, 'count': jnp.sum}
+    mean: Any = lambda x: jnp.sum(jnp.where(count > 0, x, 0) * weight)  # noqa: E731
     return {
         name: next((f for start, f in reduce.items() if name.startswith(start)), mean)(x)
         for name, x in metrics.items()
     }
 
 
-def gradients(objective: Objective, trainable, frozen, batch, key, *, microbatches: int = 1):
-    """((loss, metrics), gradient) of the objective over the whole batch.
+def gradients(
+    objective: Objective, trainable, frozen, batch, key, *, microbatches: int = 1
+) -> tuple[Metrics, tree.Tree]:
+    """(metrics and `loss`, gradient) of the objective over the whole batch.
 
     With `microbatches` the batch is taken in that many parts along P, one after the other, each
     weighted by its count: the result is that of one batch.
@@ -138,11 +163,11 @@ def step(
     )
     updates, opt = tx.update(grads, state.opt, state.trainable)
     new = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt)
-    return new, {**metrics, 'grad_norm': optax.global_norm(grads)}
+    return new, {**metrics, 'grad_norm': optax.tree.norm(grads)}
 
 
 def start(trainable: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> State:
-    """The state before the first step, placed on the mesh; float32 copies of what the caller owns."""
+    """The state before the first step, on the mesh; float32 copies of what the caller owns."""
 
     def make(trainable):
         # A copy, since the first step donates it.
@@ -156,7 +181,7 @@ def start(trainable: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) ->
 def schedule(
     learning_rate: float, steps: int, *, warmup: int = 0, kind: str = 'linear'
 ) -> optax.Schedule:
-    """Learning rate by step: up over `warmup` steps, then 'constant', 'linear' to 0 or 'cosine' to 0."""
+    """Learning rate by step: up over `warmup`, then 'constant', or 'linear' or 'cosine' to 0."""
     rest = max(steps - warmup, 1)
     after = {
         'constant': optax.constant_schedule(learning_rate),
@@ -179,14 +204,15 @@ def adamw(
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm; norms and vectors do not decay."""
-    decays = lambda params: tree.map_named(lambda name, x: 'norm' not in name, params)  # noqa: E731
+    vector = re.compile(r'norm|/bias$')  # by name: stacked layers have an axis more
+    decays = lambda params: tree.map_named(lambda name, x: not vector.search(name), params)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decays),
     )
 
 
-def _prefetch(make: Callable[[int], Any], indices: Sequence[int], depth: int = 2) -> Iterator[Any]:
+def _prefetch(make: Callable[[int], Any], indices: Sequence[int], depth: int = 2) -> Generator[Any]:
     """make(i) for every i, made ahead in a thread."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
@@ -194,7 +220,7 @@ def _prefetch(make: Callable[[int], Any], indices: Sequence[int], depth: int = 2
     def work():
         for i in indices:
             try:
-                item = (make(i), None)
+                item: tuple[Any, BaseException | None] = (make(i), None)
             except BaseException as error:  # handed to the consumer, which raises it
                 item = (None, error)
             while not stop.is_set():
@@ -246,10 +272,15 @@ def fit(
     )
     where = sharding.batch_sharding(mesh)
     indices = range(int(state.step), steps)
-    loaded = _prefetch(lambda i: jax.device_put(batches(i), where), indices)
-    for done, batch in zip((i + 1 for i in indices), loaded, strict=True):
-        state, metrics = update(state, frozen, batch, key)
-        for every, fn in hooks:
-            if done % every == 0:
-                fn(done, state, metrics)
+
+    def load(i):  # device_put would have all processes compare their batches
+        put = lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at])  # noqa: E731
+        return jax.tree.map(put, batches(i))
+
+    with closing(_prefetch(load, indices)) as loaded:  # ends its thread when a hook raises, too
+        for done, batch in zip((i + 1 for i in indices), loaded, strict=True):
+            state, metrics = update(state, frozen, batch, key)
+            for every, fn in hooks:
+                if done % every == 0:
+                    fn(done, state, metrics)
     return state

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import traverse_util
 
 Tree = dict[str, Any]
@@ -21,7 +22,8 @@ def unflatten(leaves: dict[str, Any]) -> Tree:
 
 def map_named(fn: Callable[..., Any], tree: Tree) -> Tree:
     """fn(name, leaf) at every leaf."""
-    return unflatten({name: fn(name, leaf) for name, leaf in flatten(tree).items()})
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, x: fn(name(path), x), tree)
 
 
 def by_pattern(names: Sequence[str], policy: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -86,7 +86,9 @@ def random_tokens(candidates, *, seed=0, prompt=(1, 9), own=(1, 7), vocabulary=3
         'ids': rng.integers(0, vocabulary, total.sum()).astype(np.int32),
         'start': np.append(0, np.cumsum(total)),
         'prompt': prompts.astype(np.int32),
-        'gate': np.array([rng.integers(0, p) if m else p - 1 for p, m in zip(prompts, M, strict=True)], np.int32),
+        'gate': np.array(
+            [rng.integers(0, p) if m else p - 1 for p, m in zip(prompts, M, strict=True)], np.int32
+        ),
         'first': np.append(0, np.cumsum(np.maximum(M, 1))),
         'length': np.concatenate(length).astype(np.int32),
         'rank': rank.astype(np.int32),

@@ -25,7 +25,8 @@ def world():
     shapes = jax.eval_shape(Decoder(C).init, jax.random.key(0), pack)['params']
     weights = plain.random_tree(shapes)
     adapters = [
-        plain.random_tree(lora.init(shapes, jax.random.key(0), rank=2), seed, 0.5) for seed in (1, 2)
+        plain.random_tree(lora.init(shapes, jax.random.key(0), rank=2), seed, 0.5)
+        for seed in (1, 2)
     ]
     return tokens, pack, weights, adapters
 

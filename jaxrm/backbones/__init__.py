@@ -1,4 +1,7 @@
-"""Decoder families by `model_type`; each file has `Backbone`, `config_from_hf`, `config_to_hf`, `NAMES`."""
+"""Decoder families by `model_type`.
+
+Each file has `Backbone`, `config_from_hf`, `config_to_hf` and `NAMES`.
+"""
 
 from types import ModuleType
 

@@ -4,18 +4,21 @@ Letters: P packs, N stream tokens, R rows, S row length, Q query heads, K key/va
 G = Q // K, H head width, T queries. Queries arrive scaled by H**-0.5.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrm.packing import Pack
 
+Array = jax.Array
 # (q_PRSQH, k_PRSKH, v_PRSKH, length_PR) -> o_PRSQH; rows are causal, real tokens come first
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Attention = Callable[[Array, Array, Array, Array], Array]
 
 
-def core(q, k, v, mask):
+def core(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Softmax attention in float32: q [..., T, Q, H], k and v [..., S, K, H], mask [..., T, S]."""
     *lead, T, Q, H = q.shape
     K = k.shape[-2]
@@ -26,14 +29,14 @@ def core(q, k, v, mask):
     return jnp.einsum('...KGTS,...SKH->...TKGH', weights, v).reshape(*lead, T, Q, H)
 
 
-def xla(q_PRSQH, k_PRSKH, v_PRSKH, length_PR):
+def xla(q_PRSQH: Array, k_PRSKH: Array, v_PRSKH: Array, length_PR: Array) -> Array:
     """The reference, everywhere; materialises S x S weights."""
     S = q_PRSQH.shape[2]
     at = jnp.arange(S)
     return core(q_PRSQH, k_PRSKH, v_PRSKH, (at[None, :] <= at[:, None])[None, None])
 
 
-def cudnn(q_PRSQH, k_PRSKH, v_PRSKH, length_PR):
+def cudnn(q_PRSQH: Array, k_PRSKH: Array, v_PRSKH: Array, length_PR: Array) -> Array:
     """Fused attention on NVIDIA GPUs; bfloat16 or float16 only."""
     P, R = q_PRSQH.shape[:2]
     q, k, v = (x.reshape(P * R, *x.shape[2:]) for x in (q_PRSQH, k_PRSKH, v_PRSKH))
@@ -67,7 +70,7 @@ def _flat(x):
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def backs(pack: Pack):
+def backs(pack: Pack) -> Iterator[Array]:
     """`back_PN` for each row class: past the end where another class holds the token."""
     first = 0
     for slot in pack.slot:
@@ -78,7 +81,7 @@ def backs(pack: Pack):
 
 
 @jax.custom_vjp
-def query_rows(x_PN, slot_PRS, back_PN):
+def query_rows(x_PN: Array, slot_PRS: Array, back_PN: Array) -> Array:
     """Rows of a stream whose copies are read back once.
 
     Only that copy has a gradient, so the transpose is a gather too, and not a scatter-add.
@@ -93,7 +96,7 @@ query_rows.defvjp(
 
 
 @jax.custom_vjp
-def to_stream(o_PRS, slot_PRS, back_PN):
+def to_stream(o_PRS: Array, slot_PRS: Array, back_PN: Array) -> Array:
     """Each token's output, from the row slot it reads back; 0 where another class holds it."""
     return _get_or_zero(_flat(o_PRS), back_PN)
 
@@ -104,38 +107,37 @@ def _to_stream_bwd(res, g_PN):
     return jnp.where(own[..., None, None], _get(g_PN, slot), 0), None, None
 
 
-to_stream.defvjp(
-    lambda o, slot, back: (_get_or_zero(_flat(o), back), (slot, back)), _to_stream_bwd
-)
+to_stream.defvjp(lambda o, slot, back: (_get_or_zero(_flat(o), back), (slot, back)), _to_stream_bwd)
 
 
-def lengths(pack: Pack):
+def lengths(pack: Pack) -> list[Array]:
     """[P, R] real tokens of each row, for each class (1 where the row is unused)."""
     return [_get(pack.pos_PN, read[..., 1]) + 1 for read in pack.read]
 
 
-def attend(q_PNQH, k_PNKH, v_PNKH, pack: Pack, attention: Attention):
+def attend(q_PNQH: Array, k_PNKH: Array, v_PNKH: Array, pack: Pack, attention: Attention) -> Array:
     """o_PNQH: every token attends to its own row, up to itself."""
     if pack.slot is None:
         row = lambda x: x[:, None]  # noqa: E731
         (length,) = lengths(pack)
         return attention(row(q_PNQH), row(k_PNKH), row(v_PNKH), length)[:, 0]
-    return sum(
+    parts = [
         to_stream(
             attention(query_rows(q_PNQH, slot, back), _get(k_PNKH, slot), _get(v_PNKH, slot), n),
             slot,
             back,
         )
         for slot, back, n in zip(pack.slot, backs(pack), lengths(pack), strict=True)
-    )
+    ]
+    return functools.reduce(jnp.add, parts)
 
 
-def at_read(x_PN, pack: Pack):
+def at_read(x_PN: Array, pack: Pack) -> Array:
     """[P, R, 2, ...] values at the chosen tokens of each row, R over all row classes."""
     return _get(x_PN, jnp.concatenate(pack.read, axis=1))
 
 
-def attend_at_read(q_PRTQH, k_PNKH, v_PNKH, pack: Pack):
+def attend_at_read(q_PRTQH: Array, k_PNKH: Array, v_PNKH: Array, pack: Pack) -> Array:
     """o_PRTQH: the chosen tokens attend to their whole rows; R over all row classes."""
     at_PRT = at_read(pack.pos_PN, pack)
     slots = [None] if pack.slot is None else pack.slot
@@ -146,3 +148,9 @@ def attend_at_read(q_PRTQH, k_PNKH, v_PNKH, pack: Pack):
         mask = jnp.arange(k.shape[2])[None, None, None] <= at_PRT[:, mine, :, None]
         out.append(core(q_PRTQH[:, mine], k, v, mask))
     return jnp.concatenate(out, axis=1)
+
+
+def default(dtype: Any) -> Attention:
+    """The fastest exact implementation here: cuDNN on an NVIDIA GPU in 16 bits, else XLA."""
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return cudnn if half and jax.default_backend() == 'gpu' else xla

@@ -82,8 +82,9 @@ class Linear(nn.Module):
         kernel = self.param('kernel', nn.initializers.normal(0.02), shape, jnp.float32)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable('lora', 'a'):
-            a, b = (self.get_variable('lora', n).astype(self.dtype) for n in 'ab')
-            y += (x @ a) @ b
+            a: Array = self.get_variable('lora', 'a')
+            b: Array = self.get_variable('lora', 'b')
+            y += (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
         return y
 
 
@@ -110,7 +111,7 @@ class Block(nn.Module):
     attention: attn.Attention
     dropout: float = 0.0
 
-    def setup(self):
+    def setup(self) -> None:
         c, linear = self.config, lambda n: Linear(n, self.dtype)
         self.attn_norm = RMSNorm(c.norm_eps, self.dtype)
         self.q, self.k, self.v = linear(c.Q * c.H), linear(c.K * c.H), linear(c.K * c.H)
@@ -127,12 +128,13 @@ class Block(nn.Module):
         o_PNQH = attn.attend(q_PNQH, k_PNKH, v_PNKH, pack, self.attention)
         return self._residual(x_PND, o_PNQH), None
 
-    def at_read(self, x_PND, pack: Pack, rope):
+    def at_read(self, x_PND: Array, pack: Pack, rope: tuple[Array, Array]) -> Array:
         """The layer's result [P, R, 2, D] at the chosen tokens, R over all row classes."""
         h_PND = self.attn_norm(x_PND)
         k_PNKH, v_PNKH = self._key_value(h_PND, rope)
-        x_PRTD, h_PRTD, *rope = (attn.at_read(y, pack) for y in (x_PND, h_PND, *rope))
-        q_PRTQH = self._query(h_PRTD, rope)
+        x_PRTD, h_PRTD = (attn.at_read(y, pack) for y in (x_PND, h_PND))
+        cos, sin = (attn.at_read(y, pack) for y in rope)
+        q_PRTQH = self._query(h_PRTD, (cos, sin))
         o_PRTQH = attn.attend_at_read(q_PRTQH, k_PNKH, v_PNKH, pack)
         return self._residual(x_PRTD, o_PRTQH)
 
@@ -141,7 +143,8 @@ class Block(nn.Module):
 
     def _query(self, h, rope):
         # Scaled here, on the stream: rows are longer, and not every kernel takes a scale.
-        return rotate(self._heads(self.q(h), self.config.Q), *rope, self.config.H**-0.5)
+        cos, sin = rope
+        return rotate(self._heads(self.q(h), self.config.Q), cos, sin, self.config.H**-0.5)
 
     def _key_value(self, h, rope):
         k, v = (self._heads(y, self.config.K) for y in (self.k(h), self.v(h)))

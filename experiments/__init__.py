@@ -1,0 +1,1 @@
+"""Runnable experiments, one file each: `python -m experiments.NAME --help`."""

@@ -1,0 +1,292 @@
+"""What several experiments share: flags in TRL's names, a tiny start, and a run from end to end."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from jaxrm import (
+    backbones,
+    checkpoint,
+    evaluate,
+    heads,
+    lora,
+    packing,
+    resume,
+    reward,
+    shapes,
+    sharding,
+    tokens,
+    train,
+    tree,
+)
+from jaxrm.backbones import attention
+from jaxrm.backbones.layers import Config
+from jaxrm.data import Preference
+from jaxrm.logs import Log
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Flags of a run, by TRL's names where it has one."""
+
+    output_dir: Path
+    learning_rate: float
+    num_train_epochs: int = 1
+    max_steps: int = -1  # over num_train_epochs when positive
+    train_batch_size: int = 32  # mean number of prompts in an optimiser step, over all devices
+    gradient_accumulation_steps: int = 1
+    lr_scheduler_type: str = 'cosine'  # or linear, constant
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 512  # longer training records are dropped and counted
+    logging_steps: int = 50
+    save_steps: int = 500
+    report_to: str = 'none'  # or tensorboard
+    seed: int = 0
+
+
+def parse(config: type) -> Any:
+    """The experiment's Config from the command line."""
+    return tyro.cli(config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+
+
+ROLES = ('system', 'user', 'assistant')
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>"
+    '{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}'
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template of one token a role."""
+    specials = ['<|pad|>', '<|begin|>', '<|end|>', *(f'<|{role}|>' for role in ROLES)]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token='<|pad|>', bos_token='<|begin|>', eos_token='<|end|>'
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny(vocabulary: int, *, width: int, layers: int, head: int = 16, length: int = 2048) -> Config:
+    """A llama of this width, with heads of 16 and a feed-forward of 8/3 widths."""
+    wide = -(-width * 8 // 3 // 16) * 16
+    heads = width // head
+    return Config(
+        V=vocabulary, D=width, F=wide, L=layers, Q=heads, K=heads, H=head,
+        tied=True, max_position=length,
+    )  # fmt: skip
+
+
+def batches(c: Training, encoded: tokens.Tokens, mesh: Any, width: int) -> packing.Batches:
+    """Packs of about `train_batch_size` prompts a step; says what came of it."""
+    packs = sharding.data_parallel(mesh) * c.gradient_accumulation_steps
+    size = int(np.diff(encoded.start).mean() * c.train_batch_size / packs)
+    multiple = 16 if jax.default_backend() == 'cpu' else 128
+    shape = shapes.fit(encoded, size=size, width=width, multiple=multiple)
+    epochs = None if c.max_steps > 0 else c.num_train_epochs
+    out = packing.Batches(encoded, shape, packs, seed=c.seed, epochs=epochs)
+    steps = c.max_steps if c.max_steps > 0 else len(out)
+    seen = out.counts(steps)
+    prompts = np.diff(seen[:, 0])
+    fill = seen[-1, 1] / (steps * packs * shape.tokens)
+    console.print(
+        f'{steps} steps of {packs} packs of {shape.tokens} tokens, filled {fill:.3f}: '
+        f'{prompts.min()} to {prompts.max()}, in the mean {prompts.mean():.1f} prompts a step'
+    )
+    return out
+
+
+def run(
+    c: Training,
+    trainable: tree.Tree,
+    frozen: tree.Tree,
+    encoded: tokens.Tokens,
+    objective: train.Objective,
+    *,
+    mesh: Any,
+    width: int,
+    what: dict[str, Any],
+    hooks: Sequence[train.Hook] = (),
+    log_to: Callable[[Log], None] = lambda log: None,
+) -> tree.Tree:
+    """What `trainable` became; goes on from the last checkpoint in the output folder, if any."""
+    stream = batches(c, encoded, mesh, width)
+    steps = c.max_steps if c.max_steps > 0 else len(stream)
+    counts = stream.counts(steps)
+    rate = train.schedule(c.learning_rate, steps, warmup=c.warmup_steps, kind=c.lr_scheduler_type)
+    tx = train.adamw(rate, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm)
+    what = {**what, **identity(c), 'data': resume.digest(encoded), 'steps': steps}
+    saved = c.output_dir / 'checkpoints'
+    state = resume.restore(saved, train.start(trainable, tx, mesh), run=what)
+    log = Log(
+        c.output_dir,
+        steps=steps,
+        start=int(state.step),
+        logging_steps=c.logging_steps,
+        progress=lambda step: {
+            'epoch': counts[step, 0] / len(encoded.prompt), 'num_tokens': counts[step, 1]
+        },
+        schedule=rate,
+        console=console,
+        tensorboard=c.report_to == 'tensorboard',
+    )  # fmt: skip
+    log_to(log)
+    saver = resume.Saver(saved, steps=steps, every=c.save_steps, run=what, before=log.flush)
+    with log, saver:
+        state = train.fit(
+            state,
+            sharding.place(frozen, mesh),
+            stream,
+            jax.random.key(c.seed),
+            objective=objective,
+            tx=tx,
+            mesh=mesh,
+            steps=steps,
+            microbatches=c.gradient_accumulation_steps,
+            hooks=[(1, log), *hooks, (1, saver)],
+        )
+    return state.trainable
+
+
+def identity(c: Any) -> dict[str, Any]:
+    """The flags that change what comes out, as JSON values."""
+    aside = ('output_dir', 'logging_steps', 'save_steps', 'report_to')
+    return {k: v for k, v in dataclasses.asdict(c).items() if k not in aside and _plain(v)}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | None)
+
+
+def chunks(whole: tokens.Tokens, length: int) -> tokens.Tokens:
+    """Records of one candidate cut into pieces of at most `length` tokens, for reading text."""
+    size = np.diff(whole.start)
+    piece, at = packing.spans(-(-size // length))
+    start = whole.start[:-1][piece] + at * length
+    own = np.minimum(whole.start[1:][piece] - start, length).astype(np.int32)
+    n = len(piece)
+    of = lambda x: x[piece]  # noqa: E731
+    return whole._replace(
+        start=np.append(start, whole.start[-1]),
+        prompt=np.zeros(n, np.int32),
+        gate=own - 1,
+        first=np.arange(n + 1),
+        length=own,
+        **{f: of(getattr(whole, f)) for f in ('rank', 'margin', 'rating', 'candidate')},
+        **{f: of(getattr(whole, f)) for f in ('smoothing', 'group', 'record')},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Where a reward model starts, and which parts of it learn."""
+
+    model_name_or_path: str | None = None  # HF folder or hub id; by default a tiny one from scratch
+    use_peft: bool = False  # a LoRA adapter and the head, instead of everything
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    lora_target_modules: str = lora.ALL_LINEAR  # searched in names like layers/q/kernel
+    gradient_checkpointing: str = 'none'  # or dots, full
+    dtype: str | None = None  # compute dtype; by default the stored one
+    vocabulary: int = 1024  # from here on: of a start from scratch
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+
+
+class Start(NamedTuple):
+    """A reward model before its first step."""
+
+    rm: reward.RewardModel
+    trainable: tree.Tree
+    frozen: tree.Tree
+    like: checkpoint.Pretrained
+
+
+def start(c: Model, texts: Iterable[str], *, seed: int) -> Start:
+    """The model of `model_name_or_path` with a fresh head, or a tiny one made for these texts."""
+    if c.model_name_or_path is None:
+        tokenizer = train_tokenizer(texts, c.vocabulary)
+        config = tiny(len(tokenizer), width=c.hidden_size, layers=c.num_hidden_layers)
+        like = checkpoint.Pretrained('llama', config, tokenizer)
+    else:
+        like = checkpoint.load_pretrained(c.model_name_or_path, kind='backbone')
+    dtype = jnp.dtype(c.dtype or (like.dtype if like.backbone else 'float32'))
+    backbone = backbones.family(like.model_type).Backbone(
+        like.config, dtype, attention.default(dtype), c.gradient_checkpointing
+    )
+    scale = c.lora_alpha / c.lora_r if c.use_peft else 1.0
+    rm = reward.RewardModel(backbone, heads.Scalar(), scale)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    weights = like.backbone or rm.init_backbone(keys[0])
+    learns = {'head': rm.init_head(keys[1], like.config.D)}
+    if not c.use_peft:
+        return Start(rm, {'backbone': weights, **learns}, {}, like)
+    adapter = lora.init(weights, keys[2], rank=c.lora_r, targets=c.lora_target_modules)
+    return Start(rm, {'lora': adapter, **learns}, {'backbone': weights}, like)
+
+
+def scores(
+    rm: reward.RewardModel, params: tree.Tree, encoded: tokens.Tokens, mesh: Any
+) -> list[np.ndarray]:
+    """Scores [M] of every record that was encoded."""
+    width = rm.backbone.config.D
+    shape = shapes.fit(encoded, size=4096, width=width, multiple=16)
+    packs = sharding.data_parallel(mesh)
+    found = evaluate.candidate_scores(
+        jax.jit(rm.score), params, encoded, shape, mesh=mesh, packs=packs
+    )
+    return evaluate.by_record(found, encoded)
+
+
+def texts(records: Sequence[Preference]) -> Iterator[str]:
+    """What is said in the records, each prompt and answer apart."""
+    for record in records:
+        yield from (m['content'] for m in _turns(record.messages))
+        for response in record.responses:
+            yield from (m['content'] for m in _turns(response))
+
+
+def _turns(said: Any) -> Iterable[dict[str, Any]]:
+    return ({'content': said},) if isinstance(said, str) else said
+
+
+def table(title: str, rows: dict[str, Sequence[Any]], columns: Sequence[str]) -> None:
+    """Prints a table."""
+    out = Table(title=title)
+    for name in ('', *columns):
+        out.add_column(name, justify='left' if not name else 'right')
+    for name, values in rows.items():
+        out.add_row(name, *map(str, values))
+    console.print(out)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A result, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(value, indent=1) + '\n')
+    part.replace(path)

@@ -1,0 +1,98 @@
+"""A tiny language model and its tokenizer, the start of the small experiments.
+
+Run:     python -m experiments.pretrain                     # the synthetic world's text
+         python -m experiments.pretrain --dataset_name text.jsonl --output_dir runs/mine
+Cost:    about 10 minutes on two CPU cores
+Expect:  a loss of about 0.4 nats a token on held-out conversations of the world (see BENCHMARKS.md)
+
+Text is read from `messages`, prompt and answer columns, or `text`; answers of pairs: the chosen.
+A run that was stopped goes on; a finished one is not run again.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import common
+from jaxrm import checkpoint, data, heads, packing, reward, shapes, sharding, tokens, train, tree
+from jaxrm.backbones.layers import Decoder
+from jaxrm.data import Preference
+from jaxrm.datasets import synthetic
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Training):
+    output_dir: Path = Path('runs/pretrain')
+    dataset_name: str | None = None  # file or hub name; by default the synthetic world
+    conversations: int = 40_000  # of the world
+    vocabulary: int = 1024
+    hidden_size: int = 96
+    num_hidden_layers: int = 3
+    learning_rate: float = 3e-3
+    train_batch_size: int = 48
+
+
+def read(c: Config) -> list[Preference]:
+    """What to learn from, each a prompt and one answer."""
+    if c.dataset_name is None:
+        return [
+            Preference(turns[:-1], (turns[-1]['content'],), group='world')
+            for turns in synthetic.text(c.conversations, seed=c.seed)
+        ]
+    rows = list(data.read(c.dataset_name))
+    if all('text' in row for _, row in rows):
+        return [Preference('', (row['text'],)) for _, row in rows]
+    records = data.preferences(rows, source=c.dataset_name).records
+    return [r._replace(responses=r.responses[:1], ranks=None) for r in records]
+
+
+def written(record: Preference) -> str:
+    """The text of a record, for the tokenizer."""
+    said = record.messages if isinstance(record.messages, str) else ''
+    turns = () if isinstance(record.messages, str) else record.messages
+    return '\n'.join([said, *(m['content'] for m in turns), str(record.responses[0])])
+
+
+def held_out(objective: train.Objective, params: tree.Tree, pieces: tokens.Tokens) -> float:
+    """Mean loss a token."""
+    shape = shapes.fit(pieces, size=2048, width=128, multiple=16)
+    step = jax.jit(lambda pack: objective(params, pack, jax.random.key(0)))
+    found = [step(pack) for pack in packing.in_order(pieces, shape, 1)]
+    loss, count = (
+        np.array(x, float) for x in zip(*((a, m['count']) for a, m in found), strict=True)
+    )
+    return float(loss @ count / count.sum())
+
+
+def main(c: Config) -> None:
+    """Trains, exports to output_dir/model, and prints the held-out loss."""
+    if (c.output_dir / 'model').exists():
+        common.console.print(f'{c.output_dir / "model"} is there already')
+        return
+    mesh, records = sharding.make_mesh(), read(c)
+    train_set, test_set = (
+        [records[i] for i in part] for part in data.split_by_prompt(records, 0.02, seed=c.seed)
+    )
+    tokenizer = common.train_tokenizer(map(written, train_set), c.vocabulary)
+    train_set, test_set = (tokens.encode(part, tokenizer) for part in (train_set, test_set))
+    common.console.print(f'train: {train_set.report}\nheld out: {test_set.report}')
+    config = common.tiny(len(tokenizer), width=c.hidden_size, layers=c.num_hidden_layers)
+    rm = reward.RewardModel(Decoder(config), heads.LanguageModel(config.V, tied=True))
+
+    objective = train.language_modelling(rm.logits)
+    pieces = common.chunks(train_set.tokens, c.max_length)
+    trainable = {'head': {}, 'backbone': rm.init_backbone(jax.random.key(c.seed))}
+    what = {'experiment': 'pretrain'}
+    learned = common.run(
+        c, trainable, {}, pieces, objective, mesh=mesh, width=c.hidden_size, what=what
+    )
+    held = held_out(objective, learned, common.chunks(test_set.tokens, c.max_length))
+    common.console.print(f'held-out loss {held:.4f} nats a token')
+    like = checkpoint.Pretrained('llama', config, tokenizer)
+    checkpoint.export(c.output_dir / 'model', learned, like, head_kind='lm_head')
+
+
+if __name__ == '__main__':
+    main(common.parse(Config))

@@ -1,0 +1,346 @@
+"""Tensors of Hugging Face folders: their names, their leaves in the parameter tree, their files."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of numpy)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxrm import packing, tree
+from jaxrm.backbones.layers import Config
+
+CONFIG, ADAPTER = 'config.json', 'adapter_config.json'
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+COMPUTED = re.compile(r'rotary_emb\.inv_freq$')  # stored by old releases, follows from the config
+LAYER = '{}'
+
+
+class Slot(NamedTuple):
+    """Where a tensor lives: a leaf, its layer if the leaf is a stack of layers, the leaf's shape.
+
+    The leaf's name starts with its part, as in `backbone/layers/q/kernel`.
+    """
+
+    leaf: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def transposed(self) -> bool:
+        """Linear maps are [in, out] here and [out, in] on disk, adapters included."""
+        return self.leaf.rsplit('/', 1)[1] in ('kernel', 'a', 'b')
+
+    @property
+    def on_disk(self) -> tuple[int, ...]:
+        shape = self.shape if self.layer is None else self.shape[1:]
+        return shape[::-1] if self.transposed else shape
+
+
+class Head(NamedTuple):
+    """A kind of head: the ending of the model classes that have it, and its tensor."""
+
+    architecture: str
+    tensor: str
+    width: Callable[[Config], int]
+
+
+HEADS = {
+    'score': Head('ForSequenceClassification', 'score.weight', lambda c: 1),
+    'lm_head': Head('ForCausalLM', 'lm_head.weight', lambda c: c.V),
+}
+
+
+def head_layout(kind: str | None, config: Config) -> dict[str, Slot]:
+    """{name: slot} of a head's own tensors: none without a head or when it is the embedding."""
+    if kind is None or (kind == 'lm_head' and config.tied):
+        return {}
+    head = HEADS[kind]
+    return {head.tensor: Slot('head/kernel', None, (config.D, head.width(config)))}
+
+
+def layout(family: ModuleType, config: Config, head: str | None) -> dict[str, Slot]:
+    """{name: slot} of every tensor of a model; `head` is a key of HEADS or None."""
+    shapes, out = _backbone_shapes(family, config), {}
+    for pattern, leaf in family.NAMES:
+        if LAYER not in pattern:
+            out[pattern] = Slot('backbone/' + leaf, None, shapes[leaf])
+            continue
+        for i in range(config.L):
+            top = i == config.L - 1
+            stacked = leaf.format('top' if top else 'layers')
+            slot = Slot('backbone/' + stacked, None if top else i, shapes[stacked])
+            out[pattern.format(i)] = slot
+    return out | head_layout(head, config)
+
+
+def _backbone_shapes(family: ModuleType, config: Config) -> dict[str, tuple[int, ...]]:
+    one_token = packing.padded(None, (), (1, 1))  # type: ignore[arg-type]  # no record is read
+    variables = jax.eval_shape(family.Backbone(config).init, jax.random.key(0), one_token)
+    return {name: leaf.shape for name, leaf in tree.flatten(variables['params']).items()}
+
+
+# Reading
+
+
+def find(folder: Path, stem: str = 'model') -> dict[str, Path]:
+    """{tensor name: file} of `<stem>.safetensors`, or of the shards its index lists.
+
+    Raises ValueError when there is neither, or when index and shards disagree.
+    """
+    single, index = folder / f'{stem}.safetensors', folder / f'{stem}.safetensors.index.json'
+    if single.exists():
+        return dict.fromkeys(_names(single), single)
+    if not index.exists():
+        pickles = sorted(p.name for p in folder.glob('*.bin'))
+        hint = f'{pickles}, which are pickles and are not read' if pickles else 'neither'
+        raise ValueError(f'{folder}: found {hint}, expected {single.name} or {index.name}')
+    listed = read_json(index).get('weight_map')
+    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+        raise ValueError(f'{index}: found no weight_map, expected one from names to files')
+    for shard in sorted(set(listed.values())):
+        if Path(shard).name != shard or not (folder / shard).exists():
+            raise ValueError(f'{index}: names {shard!r}, expected a file beside it')
+        here = {name for name, file in listed.items() if file == shard}
+        if odd := here ^ set(_names(folder / shard)):
+            raise ValueError(f'{folder / shard}: {sorted(odd)[:5]} only here or only in the index')
+    return {name: folder / shard for name, shard in listed.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError naming the file when it holds anything else."""
+    if not path.exists():
+        raise ValueError(f'{path.parent}: no {path.name}')
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{path}: not JSON: {e}') from e
+    if not isinstance(value, dict):
+        raise ValueError(f'{path}: found {type(value).__name__}, expected an object')
+    return value
+
+
+def read(
+    files: Mapping[str, Path],
+    slots: Mapping[str, Slot],
+    *,
+    ignored: Collection[str] = (),
+    dtype: Any = None,
+) -> tree.Tree:
+    """The tree that `slots` describes, as numpy arrays in their stored dtype or in `dtype`.
+
+    One tensor at a time goes into preallocated stacks. Raises ValueError listing the missing and
+    unexpected tensors, or a file's misshapen ones, or naming one that holds NaN or infinity.
+    """
+    files = {n: f for n, f in files.items() if n not in ignored and not COMPUTED.search(n)}
+    problems = [
+        f'{n}: found nothing, expected {list(s.on_disk)}'
+        for n, s in slots.items()
+        if n not in files
+    ]
+    problems += [
+        f'{n}: found in {files[n].name}, expected no such tensor' for n in files.keys() - slots
+    ]
+    _raise(files, problems)
+    leaves: dict[str, np.ndarray] = {}
+    for path, names in _by_file(files):
+        with _opened(path) as file:
+            problems = [p for n in names for p in _wrong(n, file.get_slice(n), slots[n])]
+            _raise(files, problems)
+            for name in names:
+                _put(leaves, name, slots[name], file.get_tensor(name), dtype)
+    return tree.unflatten(leaves)
+
+
+def read_one(files: Mapping[str, Path], name: str) -> np.ndarray:
+    """One tensor as it is on disk."""
+    with _opened(files[name]) as file:
+        return file.get_tensor(name)
+
+
+def _wrong(name: str, header: Any, slot: Slot) -> Iterator[str]:
+    if tuple(header.get_shape()) != slot.on_disk:
+        yield f'{name}: found shape {header.get_shape()}, expected {list(slot.on_disk)}'
+    if header.get_dtype() not in DTYPES:
+        yield f'{name}: found dtype {header.get_dtype()}, expected one of {sorted(DTYPES)}'
+
+
+def _put(leaves: dict[str, np.ndarray], name: str, slot: Slot, x: np.ndarray, dtype: Any) -> None:
+    """Writes a tensor into its leaf, made at its first tensor."""
+    leaf = leaves.get(slot.leaf)
+    if leaf is None:
+        leaf = leaves[slot.leaf] = np.empty(slot.shape, dtype or x.dtype)
+    if dtype is None and leaf.dtype != x.dtype:
+        raise ValueError(f'{name}: found {x.dtype}, other layers are {leaf.dtype}; give a dtype')
+    y = _cast(name, x, leaf.dtype)
+    _fill(leaf[... if slot.layer is None else slot.layer], y, slot.transposed)
+
+
+def _fill(out: np.ndarray, x: np.ndarray, transposed: bool) -> None:
+    """out = x or x.T; in strips, which the cache holds: several times faster than at once."""
+    if not transposed:
+        out[...] = x
+        return
+    for i in range(0, len(x), 16):
+        out[:, i : i + 16] = x[i : i + 16].T
+
+
+def _cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """x as dtype; raises ValueError when a value is, or becomes, infinite or NaN."""
+    with np.errstate(over='ignore'):
+        y = x.astype(dtype, copy=False)
+    if not np.isfinite(y).all():
+        count = (~np.isfinite(y)).sum()
+        raise ValueError(f'{name}: found {count} values that are not finite as {dtype}')
+    return y
+
+
+def _raise(files: Mapping[str, Path], problems: list[str]) -> None:
+    if problems:
+        folder = next((f.parent for f in files.values()), '')
+        more = [f'and {len(problems) - 8} more'] if len(problems) > 8 else []
+        raise ValueError('\n  '.join([f'{folder}: tensors', *sorted(problems)[:8], *more]))
+
+
+def _by_file(files: Mapping[str, Path]) -> Iterator[tuple[Path, list[str]]]:
+    for path in sorted(set(files.values())):
+        yield path, [name for name, file in files.items() if file == path]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework='numpy') as file:
+            yield file
+    except SafetensorError as e:
+        raise ValueError(f'{path}: not a readable safetensors file: {e}') from e
+
+
+def _names(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+# Writing
+
+
+def write(
+    folder: Path,
+    slots: Mapping[str, Slot],
+    value: Callable[[Slot], np.ndarray],
+    dtypes: Mapping[str, np.dtype],
+    *,
+    limit: int,
+    stem: str = 'model',
+) -> None:
+    """Writes the tensors as transformers does: one file, or shards of at most `limit` bytes.
+
+    `value(slot)` is the tensor as it stands in the tree, `dtypes` what its leaf is stored in; one
+    shard of them is held at a time. A tensor beyond the limit has a shard of its own.
+    """
+    for leaf, dtype in dtypes.items():
+        if dtype.name not in DTYPES.values():
+            raise ValueError(f'{leaf}: found {dtype}, expected one of {sorted(DTYPES.values())}')
+    size = {n: math.prod(s.on_disk) * dtypes[s.leaf].itemsize for n, s in slots.items()}
+    shards = _shards(size, limit)
+    files = [f'{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [f'{stem}.safetensors']
+    for file, names in zip(files, shards, strict=True):
+        _save(folder / file, {n: _tensor(n, slots[n], value, dtypes) for n in names})
+    if len(shards) > 1:
+        count = sum(math.prod(slot.on_disk) for slot in slots.values())
+        total = {'total_parameters': count, 'total_size': sum(size.values())}
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(
+            folder / f'{stem}.safetensors.index.json', {'metadata': total, 'weight_map': where}
+        )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes an object as transformers does: sorted, two spaces."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+
+
+def _tensor(
+    name: str, slot: Slot, value: Callable[[Slot], np.ndarray], dtypes: Mapping[str, np.dtype]
+) -> np.ndarray:
+    """A tensor as it goes on disk; contiguous, as the writer takes the bytes as they lie."""
+    x = _cast(name, value(slot), dtypes[slot.leaf])
+    out = np.empty(slot.on_disk, x.dtype)
+    _fill(out, x, slot.transposed)
+    return out
+
+
+def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors leaves its files readable by their owner only
+    save_file(tensors, path, metadata={'format': 'pt'})
+    path.chmod(mode)
+
+
+def _shards(size: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in natural order, cut where the next one would pass the limit."""
+    shards: list[list[str]] = []
+    current: list[str] = []
+    used = 0
+    for name in sorted(size, key=_natural):
+        if size[name] > limit:
+            shards.append([name])
+            continue
+        if used + size[name] > limit:
+            shards.append(current)
+            current, used = [], 0
+        current.append(name)
+        used += size[name]
+    return [*shards, current] if current else shards
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in name.split('.')]
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends, and is gone if it fails."""
+    target = Path(path).resolve()
+    _check_free(target, overwrite)
+    part = target.with_name(f'.{target.name}.{uuid.uuid4().hex}')
+    part.mkdir(parents=True)
+    try:
+        yield part
+        _replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _replace(part: Path, target: Path) -> None:
+    old = part.with_suffix('.old')
+    if target.exists():
+        target.rename(old)
+    try:
+        part.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f'{target}: exists, expected no such folder, or overwrite=True')
+    if not any((target / name).is_file() for name in (CONFIG, ADAPTER)):
+        raise ValueError(f'{target}: overwrite replaces a checkpoint, and this holds no {CONFIG}')

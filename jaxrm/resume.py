@@ -1,0 +1,176 @@
+"""Training state on disk: saved while training goes on, restored exactly, on any mesh."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxrm import sharding, tree
+from jaxrm.train import State
+
+
+class Preempted(SystemExit):
+    """The run was told to stop and has saved itself; the process ends with the status of SIGTERM."""
+
+    def __init__(self, step: int):
+        super().__init__(f'stopped at step {step}; run again to go on')
+        self.code = 128 + signal.SIGTERM
+
+
+def digest(arrays: Any) -> str:
+    """A hash of a tree of numpy arrays, such as `tokens.Tokens`: names, types, shapes, contents."""
+    h = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(arrays):
+        x = np.ascontiguousarray(x)
+        h.update(f'{sharding.leaf_name(path)} {x.dtype} {x.shape} '.encode())
+        h.update(x.data.cast('B') if x.size else b'')
+    return h.hexdigest()
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # By default orbax has each replica write a slice of every array, which takes a compiled
+    # program a shape: the first save would wait for dozens of them to share a few megabytes.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**26)
+    handlers = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+
+
+def latest(directory: str | Path) -> int | None:
+    """The step of the latest complete checkpoint, as the first process finds it."""
+    steps = []
+    if jax.process_index() == 0 and epath.Path(directory).exists():
+        steps = ocp.utils.checkpoint_steps(epath.Path(directory))
+    found = int(multihost_utils.broadcast_one_to_all(np.array(max(steps, default=-1))))
+    return None if found < 0 else found
+
+
+def _named(state: State) -> dict[str, jax.Array]:
+    """{name: leaf}, so that what is saved does not depend on the optimiser's classes."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {sharding.leaf_name(path): x for path, x in leaves}
+
+
+def _check_equal(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first field in which two flat mappings differ."""
+    for name in sorted(found.keys() | expected.keys()):
+        was, now = (repr(m[name]) if name in m else 'nothing' for m in (found, expected))
+        if was != now:
+            raise ValueError(f'{where}: {name}: found {was}, expected {now}')
+
+
+def _check_run(directory: epath.Path, run: Mapping[str, Any]) -> None:
+    path = directory / 'run.json'
+    found = tree.flatten(json.loads(path.read_text()))
+    _check_equal(str(path), found, tree.flatten(json.loads(json.dumps(run))))
+
+
+def _check_leaves(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    kind = lambda leaves: {n: f'{x.dtype}{list(x.shape)}' for n, x in leaves.items()}  # noqa: E731
+    _check_equal(where, kind(found), kind(expected))
+
+
+def restore(directory: str | Path, state: State, *, run: Mapping[str, Any] | None = None) -> State:
+    """The latest complete checkpoint, placed like `state`, which is donated; without one, `state`.
+
+    Raises ValueError naming the first leaf, or field of `run` (see `Saver`), that differs.
+    """
+    step = latest(directory)
+    if step is None:
+        return state
+    directory = epath.Path(directory)
+    if run is not None:
+        _check_run(directory, run)
+    path = directory / str(step) / 'default'  # as CheckpointManager calls the only item
+    with ocp.Checkpointer(_handler()) as reader:
+        saved, wanted = tree.flatten(reader.metadata(path).item_metadata.tree), _named(state)
+        _check_leaves(str(directory / str(step)), saved, wanted)
+        shapes = {n: jax.ShapeDtypeStruct.like(x) for n, x in wanted.items()}
+        for x in wanted.values():
+            x.delete()  # its place is needed
+        target = tree.unflatten(shapes)
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(target, restore_args=how)
+        leaves = tree.flatten(reader.restore(path, args=args))
+    return jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in wanted])
+
+
+class Saver:
+    """A hook for every step, the last of the hooks, to be entered as a context.
+
+    Saves the state every `every` steps and at step `steps`, the last, while training goes on, and
+    keeps the latest `keep`. On SIGTERM (where jax.distributed runs: to any of the processes) the
+    step in progress is saved and `Preempted` raised. `directory` is a local one or gs://..., the
+    same for all processes. `run` is what must be the same when the run goes on, such as its
+    configuration and `digest(tokens)`; it stands in run.json. `before` is called before each save.
+
+    Raises ValueError when the directory holds checkpoints of another run.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        steps: int,
+        every: int,
+        run: Mapping[str, Any],
+        keep: int = 2,
+        before: Callable[[], None] | None = None,
+    ):
+        self._directory = epath.Path(directory)
+        self._steps, self._every, self._keep, self._run = steps, every, keep, run
+        self._before = before or (lambda: None)
+        self._told = False
+
+    def __enter__(self) -> Self:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            cleanup_tmp_directories=True,  # what killed runs left half-written
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_handlers=_handler()
+        )
+        if self._manager.latest_step() is not None:
+            _check_run(self._directory, self._run)
+        elif jax.process_index() == 0:
+            part = self._directory / 'run.json.part'
+            part.write_text(json.dumps(self._run, indent=1))
+            part.replace(self._directory / 'run.json')
+        # jax.distributed has a handler of its own, which tells all processes.
+        self._distributed = jax.distributed.is_initialized()
+        if not self._distributed:
+            self._handler = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self._manager.close()
+        finally:
+            if not self._distributed:
+                signal.signal(signal.SIGTERM, self._handler)
+
+    def __call__(self, done: int, state: State, metrics: Any) -> None:
+        """Saves if it is time to, or if the run was told to stop."""
+        stop = self._stopped(done)
+        if stop or done % self._every == 0 or done == self._steps:
+            self._before()
+            args = ocp.args.PyTreeSave(tree.unflatten(_named(state)))
+            self._manager.save(done, args=args, force=True)
+        if stop:
+            self._manager.wait_until_finished()
+            raise Preempted(done)
+
+    def _tell(self, number: int, frame: Any) -> None:
+        self._told = True
+
+    def _stopped(self, done: int) -> bool:
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(done)
+        return self._told
