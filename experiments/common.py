@@ -59,6 +59,9 @@ class Training:
     seed: int = 0
 
 
+PATHS = {'dataset_name', 'dataset_train', 'dataset_test', 'model_name_or_path'}
+
+
 def parse(config: type) -> Any:
     """The experiment's Config from the command line."""
     return tyro.cli(config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
@@ -159,7 +162,7 @@ def run(
     with log, saver:
         state = train.fit(
             state,
-            sharding.place(frozen, mesh),
+            frozen,
             stream,
             jax.random.key(c.seed),
             objective=objective,
@@ -173,13 +176,21 @@ def run(
 
 
 def identity(c: Any) -> dict[str, Any]:
-    """The flags that change what comes out, as JSON values."""
-    aside = ('output_dir', 'logging_steps', 'save_steps', 'report_to')
-    return {k: v for k, v in dataclasses.asdict(c).items() if k not in aside and _plain(v)}
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | None)
+    """The flags that change what comes out, as JSON values; of paths the last part."""
+    aside = (
+        'output_dir',
+        'logging_steps',
+        'save_steps',
+        'eval_steps',
+        'report_to',
+        'cache',
+        'result',
+    )
+    flags = {k: v for k, v in dataclasses.asdict(c).items() if k not in aside}
+    for name in PATHS & flags.keys():
+        given = flags[name] if isinstance(flags[name], tuple) else (flags[name],)
+        flags[name] = [Path(path).name for path in given if path]
+    return flags
 
 
 def chunks(whole: tokens.Tokens, length: int) -> tokens.Tokens:

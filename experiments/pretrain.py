@@ -1,11 +1,11 @@
 """A tiny language model and its tokenizer, the start of the small experiments.
 
 Run:     python -m experiments.pretrain                     # the synthetic world's text
-         python -m experiments.pretrain --dataset_name text.jsonl --output_dir runs/mine
+         python -m experiments.pretrain --dataset_name a.jsonl b.parquet --output_dir runs/mine
 Cost:    about 10 minutes on two CPU cores
 Expect:  a loss of about 0.4 nats a token on held-out conversations of the world (see BENCHMARKS.md)
 
-Text is read from `messages`, prompt and answer columns, or `text`; answers of pairs: the chosen.
+Reads `text`, `prompt` with `completion`, or any layout of preferences: then the first answer.
 A run that was stopped goes on; a finished one is not run again.
 """
 
@@ -25,7 +25,7 @@ from jaxrm.datasets import synthetic
 @dataclasses.dataclass(frozen=True)
 class Config(common.Training):
     output_dir: Path = Path('runs/pretrain')
-    dataset_name: str | None = None  # file or hub name; by default the synthetic world
+    dataset_name: tuple[str, ...] = ()  # files or hub names; by default the synthetic world
     conversations: int = 40_000  # of the world
     vocabulary: int = 1024
     hidden_size: int = 96
@@ -36,23 +36,24 @@ class Config(common.Training):
 
 def read(c: Config) -> list[Preference]:
     """What to learn from, each a prompt and one answer."""
-    if c.dataset_name is None:
+    if not c.dataset_name:
         return [
             Preference(turns[:-1], (turns[-1]['content'],), group='world')
             for turns in synthetic.text(c.conversations, seed=c.seed)
         ]
-    rows = list(data.read(c.dataset_name))
+    return [record for name in c.dataset_name for record in read_file(name)]
+
+
+def read_file(name: str) -> list[Preference]:
+    """The texts of one file or hub data set."""
+    rows = list(data.read(name))
     if all('text' in row for _, row in rows):
         return [Preference('', (row['text'],)) for _, row in rows]
-    records = data.preferences(rows, source=c.dataset_name).records
+    if all('completion' in row for _, row in rows):
+        ask = [({'role': 'user', 'content': row['prompt']},) for _, row in rows]
+        return [Preference(m, (row['completion'],)) for m, (_, row) in zip(ask, rows, strict=True)]
+    records = data.preferences(rows, source=name).records
     return [r._replace(responses=r.responses[:1], ranks=None) for r in records]
-
-
-def written(record: Preference) -> str:
-    """The text of a record, for the tokenizer."""
-    said = record.messages if isinstance(record.messages, str) else ''
-    turns = () if isinstance(record.messages, str) else record.messages
-    return '\n'.join([said, *(m['content'] for m in turns), str(record.responses[0])])
 
 
 def held_out(objective: train.Objective, params: tree.Tree, pieces: tokens.Tokens) -> float:
@@ -75,7 +76,7 @@ def main(c: Config) -> None:
     train_set, test_set = (
         [records[i] for i in part] for part in data.split_by_prompt(records, 0.02, seed=c.seed)
     )
-    tokenizer = common.train_tokenizer(map(written, train_set), c.vocabulary)
+    tokenizer = common.train_tokenizer(common.texts(train_set), c.vocabulary)
     train_set, test_set = (tokens.encode(part, tokenizer) for part in (train_set, test_set))
     common.console.print(f'train: {train_set.report}\nheld out: {test_set.report}')
     config = common.tiny(len(tokenizer), width=c.hidden_size, layers=c.num_hidden_layers)

@@ -66,6 +66,8 @@ def pairs(ranks: Sequence[Sequence[int]], scores: Sequence[np.ndarray]) -> Pairs
 
 
 def _pairs(rank: np.ndarray, score: np.ndarray) -> tuple[float, float, float]:
+    if rank.shape != score.shape:
+        raise ValueError(f'scores: found {score.shape}, expected {rank.shape} as the ranks')
     i, j = np.nonzero((rank[:, None] < rank[None]) & (rank[:, None] >= 0))
     if not len(i):
         return (np.nan,) * 3

@@ -43,11 +43,17 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
 
 
+def _path(directory: str | Path) -> epath.Path:
+    """An absolute path, which orbax wants; gs://... is one."""
+    path = epath.Path(directory)
+    return path if '://' in str(directory) else path.absolute()
+
+
 def latest(directory: str | Path) -> int | None:
     """The step of the latest complete checkpoint, as the first process finds it."""
     steps = []
-    if jax.process_index() == 0 and epath.Path(directory).exists():
-        steps = ocp.utils.checkpoint_steps(epath.Path(directory))
+    if jax.process_index() == 0 and _path(directory).exists():
+        steps = ocp.utils.checkpoint_steps(_path(directory))
     found = int(multihost_utils.broadcast_one_to_all(np.array(max(steps, default=-1))))
     return None if found < 0 else found
 
@@ -85,20 +91,18 @@ def restore(directory: str | Path, state: State, *, run: Mapping[str, Any] | Non
     step = latest(directory)
     if step is None:
         return state
-    directory = epath.Path(directory)
+    directory = _path(directory)
     if run is not None:
         _check_run(directory, run)
     path = directory / str(step) / 'default'  # as CheckpointManager calls the only item
-    with ocp.Checkpointer(_handler()) as reader:
-        saved, wanted = tree.flatten(reader.metadata(path).item_metadata.tree), _named(state)
-        _check_leaves(str(directory / str(step)), saved, wanted)
-        shapes = {n: jax.ShapeDtypeStruct.like(x) for n, x in wanted.items()}
-        for x in wanted.values():
-            x.delete()  # its place is needed
-        target = tree.unflatten(shapes)
-        how = ocp.checkpoint_utils.construct_restore_args(target)
-        args = ocp.args.PyTreeRestore(target, restore_args=how)
-        leaves = tree.flatten(reader.restore(path, args=args))
+    reader = _handler()
+    saved, wanted = tree.flatten(reader.metadata(path).tree), _named(state)
+    _check_leaves(str(directory / str(step)), saved, wanted)
+    target = tree.unflatten({name: jax.ShapeDtypeStruct.like(x) for name, x in wanted.items()})
+    for x in wanted.values():
+        x.delete()  # its place is needed
+    how = ocp.checkpoint_utils.construct_restore_args(target)
+    leaves = tree.flatten(reader.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=how)))
     return jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in wanted])
 
 
@@ -124,7 +128,7 @@ class Saver:
         keep: int = 2,
         before: Callable[[], None] | None = None,
     ):
-        self._directory = epath.Path(directory)
+        self._directory = _path(directory)
         self._steps, self._every, self._keep, self._run = steps, every, keep, run
         self._before = before or (lambda: None)
         self._told = False

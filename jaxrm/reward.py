@@ -29,6 +29,8 @@ class RewardModel:
         self, params: tree.Tree, pack: Pack, *, read='last', dropout=0.0, key=None
     ) -> jax.Array:
         """The backbone's states, adapter included; see `backbones.layers.Decoder`."""
+        if dropout and key is None:
+            raise ValueError(f'dropout: {dropout} needs a key, found None')
         variables: dict[str, Any] = {'params': params['backbone']}
         if 'lora' in params:
             variables['lora'] = lora.scaled(params['lora'], self.lora_scale)

@@ -49,9 +49,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """
     sizes, n = [data, fsdp, tensor], jax.device_count()
     fixed = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes:
+    if -1 in sizes and fixed > 0:
         sizes[sizes.index(-1)] = n // fixed
-    if math.prod(sizes) != n:
+    if math.prod(sizes) != n or min(sizes) < 1:
         raise ValueError(f'mesh {dict(zip(AXES, sizes, strict=True))}: {n} devices are there')
     # Under Explicit axes, the default now, linen's lookups do not type-check.
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -30,16 +30,12 @@ class State(NamedTuple):
     opt: Any
 
 
-def present(rank_BM: jax.Array) -> jax.Array:
-    """[B, M] bool: which candidates exist."""
-    return rank_BM >= 0
-
-
 def preference(
     score: Callable[..., jax.Array],
     loss: Callable[..., jax.Array] = losses.bradley_terry,
     *,
     center_rewards_coefficient: float = 0.0,
+    dropout: float = 0.0,
 ) -> Objective:
     """Objective: mean over the prompts that have an ordered pair of `loss` on `score`.
 
@@ -49,7 +45,8 @@ def preference(
 
     def objective(params: tree.Tree, pack: Pack, key: jax.Array) -> tuple[jax.Array, Metrics]:
         merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        score_BM, rank_BM = score(params, pack), merge(pack.rank_PBM)
+        drop: dict[str, Any] = {'dropout': dropout, 'key': key} if dropout else {}
+        score_BM, rank_BM = score(params, pack, **drop), merge(pack.rank_PBM)
         margin_BM, smoothing_B = merge(pack.margin_PBM), merge(pack.smoothing_PB)
         loss_B = loss(score_BM, rank_BM, margin_BM=margin_BM, smoothing_B=smoothing_B)
         if center_rewards_coefficient:
@@ -270,7 +267,7 @@ def fit(
         donate_argnums=0,
         out_shardings=out,
     )
-    where = sharding.batch_sharding(mesh)
+    frozen, where = sharding.place(frozen, mesh), sharding.batch_sharding(mesh)
     indices = range(int(state.step), steps)
 
     def load(i):  # device_put would have all processes compare their batches

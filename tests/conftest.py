@@ -17,7 +17,8 @@ if 'jax' in sys.modules:
     raise RuntimeError('jax was imported before conftest.py: its settings would have no effect')
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICES = '--xla_force_host_platform_device_count=8'
+# Programs here are compiled more often than they run.
+DEVICES = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 _hub = tempfile.TemporaryDirectory(prefix='jaxrm-hub-')
 
 os.environ.setdefault('PJRT_NPROC', '32')  # collectives of 8 devices deadlock on a few threads

@@ -1,4 +1,4 @@
-"""The decoder on packs against plain code: scan, adapters, vmap, remat, top-layer cut, shard_map."""
+"""The decoder on packs against plain code: scan, adapters, vmap, remat, top layer, shard_map."""
 
 import functools
 
@@ -31,68 +31,54 @@ def world():
     return tokens, pack, weights, adapters
 
 
-def expected(tokens, weights, adapter=None):
-    """{(record, candidate): (gate state, last state)} from plain code."""
-    return {
-        (i, m): plain.states(weights, row, C, adapter)[jnp.array([tokens.gate[i], len(row) - 1])]
-        for i in range(len(tokens.prompt))
-        for m, row in enumerate(plain.rows(tokens, i))
-    }
+@functools.cache
+def rows():
+    """(ids [rows, longest], gate and last token [rows, 2]) of every candidate, right-padded."""
+    tokens = world()[0]
+    ids = [(i, row) for i in range(len(tokens.prompt)) for row in plain.rows(tokens, i)]
+    longest = max(len(row) for _, row in ids)
+    table = np.array([[*row, *[0] * (longest - len(row))] for _, row in ids])
+    return table, np.array([(tokens.gate[i], len(row) - 1) for i, row in ids])
+
+
+def expected(weights, adapter=None):
+    """[rows, 2, D] gate states and last states from plain code, which is causal."""
+    ids, at = rows()
+    states = jax.vmap(lambda row: plain.states(weights, row, C, adapter))(ids)
+    return jax.vmap(lambda h, i: h[i])(states, at)
 
 
 def chosen(states_PRTD, pack):
-    """{(record, candidate): states} from the packed result."""
-    out = {}
-    for p, b in zip(*np.nonzero(pack.record_PB >= 0), strict=True):
-        i = int(pack.record_PB[p, b])
-        M = max(1, int((pack.rank_PBM[p, b] >= 0).sum()))
-        for m in range(M):
-            out[i, m] = states_PRTD[p, pack.row_PBM[p, b, m]]
-    return out
+    """The same from the packed result, in the same order."""
+    where = {int(i): (p, b) for (p, b), i in np.ndenumerate(pack.record_PB) if i >= 0}
+    counts = np.diff(world()[0].first)
+    places = [(*where[i], m) for i in sorted(where) for m in range(counts[i])]
+    p, b, m = np.array(places).T
+    return states_PRTD[p, pack.row_PBM[p, b, m]]
 
 
-def assert_close(got, want, tolerance=1e-5):
-    assert got.keys() == want.keys()
-    for key in want:
-        np.testing.assert_allclose(got[key], want[key], rtol=0, atol=tolerance, err_msg=str(key))
+def test_padding_at_the_end_changes_nothing_in_plain_code():
+    _, _, weights, (adapter, _) = world()
+    ids, at = rows()
+    k = int(at[:, 1].argmin())
+    alone = jax.jit(lambda w: plain.states(w, ids[k, : at[k, 1] + 1], C, adapter))(weights)
+    want = jax.jit(expected)(weights, adapter)
+    np.testing.assert_allclose(alone[at[k]], want[k], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-@pytest.mark.parametrize('adapted', [False, True])
-def test_states_equal_plain_code(remat, adapted):
-    tokens, pack, weights, (adapter, _) = world()
-    variables = {'params': weights} | ({'lora': adapter} if adapted else {})
-    got = jax.jit(Decoder(C, remat=remat).apply)(variables, pack)
-    want = jax.jit(lambda w, a: expected(tokens, w, a))(weights, adapter if adapted else None)
-    assert_close(chosen(got, pack), want)
-
-
-def test_all_states_agree_with_the_top_layer_cut():
-    tokens, pack, weights, _ = world()
-    model = Decoder(C)
-    every = model.apply({'params': weights}, pack, read='all')
-    cut = model.apply({'params': weights}, pack)
-    at = attention.at_read(every, pack)
-    assert_close(chosen(at, pack), chosen(cut, pack))
-    with pytest.raises(ValueError, match="'first'"):
-        model.apply({'params': weights}, pack, read='first')
-
-
-def loss_of(states, pack, seed=0):
-    """A scalar that depends on every chosen state of a present row, and on no other."""
-    return scalar(chosen(states, pack), seed)
-
-
-def scalar(states, seed=0):
-    direction = np.random.default_rng(seed).normal(size=(2, C.D)) / 8
-    return sum(jnp.tanh((states[k] * direction).sum()) * (1 + 0.3 * k[1]) for k in states)
+def scalar(states_RTD, seed=0):
+    """A number that depends on every state of a row."""
+    direction = np.random.default_rng(seed).normal(size=(1, 2, C.D)) / 8
+    weight = 1 + 0.3 * np.arange(len(states_RTD))
+    return (jnp.tanh((states_RTD * direction).sum((1, 2))) * weight).sum()
 
 
 @functools.cache
 def plain_gradients(expert):
-    tokens, _, weights, adapters = world()
-    loss = lambda w, a: scalar(expected(tokens, w, a))  # noqa: E731
-    return jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, adapters[expert])
+    """((number, states), gradients) from plain code."""
+    _, _, weights, adapters = world()
+    with_states = lambda w, a: (scalar(states := expected(w, a)), states)  # noqa: E731
+    return jax.jit(jax.value_and_grad(with_states, (0, 1), has_aux=True))(weights, adapters[expert])
 
 
 def assert_gradients_close(got, want, relative=1e-5):
@@ -105,17 +91,39 @@ def assert_gradients_close(got, want, relative=1e-5):
 
 
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_gradients_equal_plain_code(remat):
-    tokens, pack, weights, (adapter, _) = world()
+def test_states_and_gradients_equal_plain_code(remat):
+    _, pack, weights, (adapter, _) = world()
     model = Decoder(C, remat=remat)
 
     def packed(w, a):
-        return loss_of(model.apply({'params': w, 'lora': a}, pack), pack)
+        states = chosen(model.apply({'params': w, 'lora': a}, pack), pack)
+        return scalar(states), states
 
-    got = jax.jit(jax.grad(packed, (0, 1)))(weights, adapter)
-    _, want = plain_gradients(0)
+    gradients = jax.jit(jax.value_and_grad(packed, (0, 1), has_aux=True))
+    (value, states), got = gradients(weights, adapter)
+    (want_value, want_states), want = plain_gradients(0)
+    np.testing.assert_allclose(states, want_states, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
     assert_gradients_close(got[0], want[0])
     assert_gradients_close(got[1], want[1])
+
+
+def test_states_without_an_adapter_and_without_the_top_layer_cut():
+    _, pack, weights, _ = world()
+    model = Decoder(C)
+
+    @jax.jit
+    def both(w):
+        every = model.apply({'params': w}, pack, read='all')
+        return chosen(model.apply({'params': w}, pack), pack), chosen(at_read(every), pack)
+
+    at_read = functools.partial(attention.at_read, pack=pack)
+    cut, every = both(weights)
+    want = jax.jit(expected)(weights)
+    np.testing.assert_allclose(cut, want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(every, want, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="'first'"):
+        model.apply({'params': weights}, pack, read='first')
 
 
 def sharded(mesh):
@@ -128,19 +136,22 @@ def sharded(mesh):
 
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_experts_under_vmap_with_a_kernel_under_shard_map(remat):
-    tokens, pack, weights, adapters = world()
+    tokens, _, weights, adapters = world()
     mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-    extra = packing.fill(tokens, packing.plan(tokens, SHAPE, order=np.arange(5)), SHAPE, count=4)
+    pack = packing.fill(tokens, packing.plan(tokens, SHAPE, order=np.arange(5)), SHAPE, count=4)
     model = Decoder(C, remat=remat, attention=sharded(mesh))
 
     def experts(stack):
-        one = lambda a: loss_of(model.apply({'params': weights, 'lora': a}, extra), extra)  # noqa: E731
-        return jax.vmap(one)(stack)
+        states = lambda a: model.apply({'params': weights, 'lora': a}, pack)  # noqa: E731
+        return jax.vmap(lambda a: scalar(chosen(states(a), pack)))(stack)
 
-    losses, pullback = jax.vjp(jax.jit(experts), lora.stack(adapters))
-    (got,) = pullback(jnp.array([1.0, 2.0]))
+    def weighted(stack):
+        numbers = experts(stack)
+        return (numbers * jnp.array([1.0, 2.0])).sum(), numbers
+
+    (_, numbers), got = jax.jit(jax.value_and_grad(weighted, has_aux=True))(lora.stack(adapters))
     for e in range(2):
-        want, (_, gradient) = plain_gradients(e)
-        np.testing.assert_allclose(losses[e], want, rtol=1e-5)
-        ours = jax.tree.map(lambda x: x[e] / (e + 1), got)  # noqa: B023
+        (want, _), (_, gradient) = plain_gradients(e)
+        np.testing.assert_allclose(numbers[e], want, rtol=1e-5)
+        ours = jax.tree.map(lambda x: x[e] / (e + 1), got)
         assert_gradients_close(ours, gradient)

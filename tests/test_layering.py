@@ -77,7 +77,8 @@ NEVER = {
     'report': {'jaxrm.train'},
 }
 NEVER_ANYWHERE = {'torch', 'torchvision', 'accelerate', 'experiments', 'tests'}
-NUMPY_ONLY = ('files', 'data', 'chat', 'tokens', 'packing', 'shapes', 'datasets.*')  # also not by way of another module
+# Not even by way of another module.
+NUMPY_ONLY = ('files', 'data', 'chat', 'tokens', 'packing', 'shapes', 'datasets.*')
 
 
 def module_name(path: Path, root: Path = ROOT / 'jaxrm') -> str:

@@ -94,7 +94,8 @@ def test_fold_adds_the_product_and_touches_nothing_else(dtype):
         a, b = (np.float64(flat[name.removesuffix('kernel') + y]) for y in 'ab')
         want = np.float64(x) + 0.25 * np.einsum('...ir,...ro->...io', a, b)
         got = np.float64(folded[name])
-        np.testing.assert_allclose(got, want, rtol=1e-5 if dtype == np.float32 else 2**-8, atol=1e-5)
+        exact = 1e-5 if dtype == np.float32 else 2**-8
+        np.testing.assert_allclose(got, want, rtol=exact, atol=1e-5)
 
 
 def test_scaled_and_stack():

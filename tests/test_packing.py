@@ -6,7 +6,7 @@ import numpy as np
 import plain
 import pytest
 
-from jaxrm import packing, shapes, tokens
+from jaxrm import packing, tokens
 
 SHAPE = packing.Shape(tokens=40, rows=((4, 8), (4, 16)), prompts=5, candidates=4)
 SEEDS = range(6)
@@ -178,7 +178,7 @@ def test_rows_overflow_into_a_longer_class_and_the_longest_stay():
     rows = {i: pack.row_PBM[p, b, 0] for i, p, b in places(pack)}
     assert rows[5] >= 4
     assert sorted(rows.values()) == [0, 1, 2, 3, 4, 5]
-    for i, p, b in places(pack):
+    for i, p, _ in places(pack):
         _, stream, _ = row_of(pack, p, rows[i])
         got = pack.ids_PN[p, stream[: total[i]]]
         np.testing.assert_array_equal(got, t.ids[t.start[i] : t.start[i + 1]])
@@ -255,33 +255,6 @@ def test_check_fits_names_the_record(change, message):
         packing.check_fits(t, SHAPE._replace(**change))
 
 
-@pytest.mark.parametrize('seed', SEEDS)
-def test_fit_gives_a_shape_that_holds_every_record(seed):
-    rng = np.random.default_rng(seed)
-    M = rng.integers(0 if seed else 2, 5, 60)
-    t = plain.random_tokens(M, seed=seed, prompt=(1, 60), own=(1, 200 if seed % 2 else 20))
-    shape = shapes.fit(t, size=512, multiple=16)
-    packing.check_fits(t, shape)
-    assert [s for _, s in shape.rows] == sorted({s for _, s in shape.rows})
-    assert all(s % 16 == 0 and r > 0 for r, s in shape.rows)
-    assert shape.tokens % 16 == 0
-    assert shape.tokens >= 512
-    packs = packing.plan(t, shape, order=np.arange(60))
-    assert sum(map(len, packs)) == 60
-
-
-def test_fit_packs_well_and_refuses_nothing():
-    rng = np.random.default_rng(0)
-    t = plain.random_tokens(np.full(600, 2), prompt=(10, 40), own=(5, 30))
-    shape = shapes.fit(t, size=1024, multiple=8)
-    packs = packing.plan(t, shape, order=rng.permutation(600))
-    assert len(t.ids) / (len(packs) * shape.tokens) > 0.93
-    one = plain.random_tokens([3], prompt=(100, 101), own=(50, 51))
-    packing.check_fits(one, shapes.fit(one, size=8, multiple=8))
-    with pytest.raises(ValueError, match='no record'):
-        shapes.fit(tokens.select(one, []), size=8)
-
-
 def assert_same(a, b):
     for x, y in zip(a, b, strict=True):
         if isinstance(x, tuple):
@@ -317,9 +290,12 @@ def test_each_epoch_holds_every_record_once_and_only_the_last_step_is_filled_up(
     epochs = [ordered[k * 40 : (k + 1) * 40].tolist() for k in range(3)]
     assert [sorted(e) for e in epochs] == [list(range(40))] * 3
     assert epochs[0] != epochs[1]
-    np.testing.assert_array_equal(batches.prompts(steps), [(b.record_PB >= 0).sum() for b in whole])
-    assert batches.prompts(steps).sum() == 120
-    np.testing.assert_array_equal(batches.prompts(steps + 2)[steps:], 0)
+    size = np.diff(t.start)
+    seen = [b.record_PB[b.record_PB >= 0] for b in whole]
+    want = np.cumsum([(0, 0), *((len(r), size[r].sum()) for r in seen)], axis=0)
+    np.testing.assert_array_equal(batches.counts(steps), want)
+    np.testing.assert_array_equal(packing.Batches(t, SHAPE, 4, seed=1).counts(3), want[:4])
+    assert want[-1].tolist() == [120, 3 * len(t.ids)]
 
 
 def test_batches_without_end_or_start():

@@ -60,8 +60,14 @@ def statistics(score_BM, rank_BM):
         own = [x[m] for m in sorted({m for pair in pairs for m in pair})]
         rewards += own
         by_prompt.append(
-            [np.logaddexp(0, -gaps).mean(), (gaps > 0).mean(), gaps.mean(), (gaps == 0).mean()]
-            + [np.mean(own), np.mean([(x[i] + x[j]) ** 2 for i, j in pairs])]
+            [
+                np.logaddexp(0, -gaps).mean(),
+                (gaps > 0).mean(),
+                gaps.mean(),
+                (gaps == 0).mean(),
+                np.mean(own),
+                np.mean([(x[i] + x[j]) ** 2 for i, j in pairs]),
+            ]
         )
     names = ['loss', 'accuracy', 'margin', 'ties', 'mean_reward', 'centering']
     means = dict(zip(names, np.mean(by_prompt, 0), strict=True))
@@ -143,7 +149,8 @@ def test_microbatches_keep_every_device_busy():
     pack = jax.device_put(pack, sharding.batch_sharding(mesh))
     run = functools.partial(train.step, objective=OBJECTIVE, tx=tx, microbatches=2)
     out = sharding.shardings(state, mesh), None
-    text = jax.jit(run, out_shardings=out).lower(state, {}, pack, jax.random.key(0)).compile().as_text()
+    lowered = jax.jit(run, out_shardings=out).lower(state, {}, pack, jax.random.key(0))
+    text = lowered.compile().as_text()
     moved = re.findall(r'all-gather|all-to-all|collective-permute', text)
     assert moved == []
     assert 'all-reduce' in text
@@ -175,12 +182,14 @@ def real_gradients(mesh, parts=1):
     return jax.device_get((metrics, got))
 
 
-@pytest.mark.parametrize(
-    'sizes', [(2, 1, 2), (2, 2, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in [(4, 1, 1), (1, 2, 2), (1, 4, 1)])]
-)
-def test_four_devices_equal_one(sizes):
+SLOW = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(4, 1, 1), (1, 4, 1), (2, 1, 2)]]
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 2), *SLOW])
+def test_many_devices_equal_one(sizes):
     auto = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=auto, devices=jax.devices()[:4])
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=auto, devices=devices)
     metrics, got = real_gradients(mesh)
     want_metrics, want = real_gradients(one_device())
     for name, x in want_metrics.items():
@@ -195,7 +204,7 @@ def test_four_devices_equal_one(sizes):
 def epoch():
     """An epoch of variable data with LoRA and head learning: what `fit` did, and said."""
     t = plain.random_tokens([2, 3, 4, 1, 0, 2, 2, 3] * 3, seed=4)
-    batches = packing.Batches(t, SHAPE, 8, seed=0, epochs=2)
+    batches = packing.Batches(t, SHAPE, 8, seed=0, epochs=4)
     w = real_parameters()
     frozen = {'backbone': w['backbone']}
     trainable = {'lora': w['lora'], 'head': w['head']}
@@ -342,7 +351,7 @@ def test_schedule(kind, warmup):
 
 
 def test_schedule_names_what_it_knows():
-    with pytest.raises(ValueError, match="'step'.*cosine"):
+    with pytest.raises(ValueError, match=r"'step'.*cosine"):
         train.schedule(0.1, 10, kind='step')
 
 
@@ -377,9 +386,9 @@ def test_adamw_clips_and_decays_matrices_only(clip):
     w, steps = draw(), [draw() for _ in range(3)]
     tx = train.adamw(0.1, weight_decay=0.5, max_grad_norm=clip)
     params = tree.unflatten(w)
-    opt = tx.init(params)
+    opt, update = tx.init(params), jax.jit(tx.update)
     for g in steps:
-        updates, opt = tx.update(tree.unflatten(g), opt, params)
+        updates, opt = update(tree.unflatten(g), opt, params)
         params = optax.apply_updates(params, updates)
     want = adamw_steps(steps, w, 0.1, decay=0.5, clip=clip)
     for name, x in tree.flatten(params).items():
@@ -390,7 +399,8 @@ def test_grad_norm_is_of_the_gradient_before_clipping():
     pack, w = batch(), parameters()
     tx = train.adamw(0.1, max_grad_norm=1e-3)
     state = train.start(w, tx, one_device())
-    _, metrics = train.step(state, {}, pack, jax.random.key(0), objective=OBJECTIVE, tx=tx)
+    step = jax.jit(functools.partial(train.step, objective=OBJECTIVE, tx=tx))
+    _, metrics = step(state, {}, pack, jax.random.key(0))
     _, g = gradients(w, pack)
     want = sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(g)) ** 0.5
     np.testing.assert_allclose(metrics['grad_norm'], want, rtol=1e-5)
@@ -406,7 +416,7 @@ def test_language_modelling_learns_and_its_loss_is_the_mean_over_tokens():
     shapes = jax.eval_shape(rm.backbone.init, jax.random.key(0), pack)['params']
     trainable = {'backbone': plain.random_tree(shapes, size=0.3), 'head': {}}
     objective = train.language_modelling(rm.logits)
-    seen, mesh, tx = [], sharding.make_mesh(), train.adamw(0.01)
+    seen, mesh, tx = [], one_device(), train.adamw(0.01)
     train.fit(
         train.start(trainable, tx, mesh),
         {},

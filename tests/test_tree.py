@@ -16,7 +16,7 @@ def test_flatten_and_back():
 def test_map_named_sees_names_and_keeps_the_tree():
     seen = tree.map_named(lambda name, x: (name, x), TREE)
     assert tree.flatten(seen) == {name: (name, x) for name, x in LEAVES.items()}
-    assert TREE == tree.unflatten(LEAVES)
+    assert tree.unflatten(LEAVES) == TREE
 
 
 def test_the_first_pattern_found_in_a_name_wins():

@@ -79,7 +79,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
-        kernel = self.param('kernel', nn.initializers.normal(0.02), shape, jnp.float32)
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape, jnp.float32)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable('lora', 'a'):
             a: Array = self.get_variable('lora', 'a')
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embeddings; an id outside the vocabulary gives NaN."""
+    """Token embeddings; an id past the vocabulary gives NaN."""
 
     config: Config
     dtype: Any
@@ -165,7 +165,8 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids_PN):
         shape = (self.config.V, self.config.D)
-        table = self.param('embedding', nn.initializers.normal(0.02), shape, jnp.float32)
+        init = nn.initializers.normal(self.config.D**-0.5)
+        table = self.param('embedding', init, shape, jnp.float32)
         return jnp.take(table, ids_PN, axis=0).astype(self.dtype)
 
 

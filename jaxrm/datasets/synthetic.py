@@ -131,7 +131,7 @@ def text(
         messages, category, task = _prompt((seed, split, i), names)
         rng = random.Random(f'{seed} {split} {i} text')
         remarked = rng.random() < remarks
-        answer = _WORLD[category].answer(task, rng, 0.0, not remarked)
+        answer = _WORLD[category].answer(task, style.Writer(rng, clean=not remarked))
         turns = [{'role': 'assistant', 'content': answer}]
         if remarked:
             qualities = _judge(category, task, answer).qualities
@@ -191,7 +191,7 @@ def _sample(
         rng = random.Random(f'{key} {attempt} answers')
         responses: dict[str, None] = {}
         while len(responses) < candidates:
-            responses[_WORLD[category].answer(task, rng, policy, False)] = None
+            responses[_WORLD[category].answer(task, style.Writer(rng, policy))] = None
         ratings = tuple(_ratings(_judge(category, task, response)) for response in responses)
         if column is None or candidates == 1 or len({row[column] for row in ratings}) > 1:
             break

@@ -4,6 +4,9 @@ Each category is one module with the same four functions and a table of weights:
 
 - `ask(rng)` returns the messages of a prompt;
 - `read(text)` returns the task that the prompt's text states, or None if it states no such task;
-- `answer(task, rng, policy, clean)` writes a candidate, its content free of flaws if `clean`;
+- `answer(task, writer)` writes a candidate with the writer's flaws;
 - `judge(task, response)` returns every quality of a response, a number from 0 to 1.
+
+What a prompt asks for colours several of its words, and so does what an answer gives: a small model
+can learn to compare the two, while the words of the answer alone say little.
 """

@@ -1,4 +1,4 @@
-"""Questions about a note on two people; everything needed stands in the note."""
+"""A question about a note on two people; the answer stands in the note."""
 
 import random
 import re
@@ -7,107 +7,104 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'correctness': 0.35,
-    'completeness': 0.20,
-    'grounding': 0.20,
-    'confidence': 0.25,
-    'politeness': -0.25,
+    'correctness': 0.25,
+    'relevance': 0.30,
+    'register': 0.25,
+    'confidence': 0.20,
+    'politeness': -0.20,
     'verbosity': -0.60,
 }
 RATES = {
-    'mixup': (0.30, 0.20),  # the other person's fact
-    'invent': (0.25, 0.45),  # a fact that is not in the note
-    'omit': (0.30, 0.30),  # half of a double question
-    'extra': (0.25, 0.50),  # a fact nobody asked for
+    'stray': (0.40, 0.25),  # answers a question that was not asked
+    'mixup': (0.20, 0.20),  # the other person's fact
+    'invent': (0.15, 0.45),  # a fact that is not in the note
 }
 FACTS = {
     'home': tuple('Oslo Cairo Lima Rome Delhi Quito Paris Tunis Seoul Dakar'.split()),
     'music': tuple('cello drums flute harp piano violin guitar trumpet banjo organ'.split()),
     'pet': tuple('parrot goat rabbit pony turtle hamster donkey duck lizard poodle'.split()),
 }
-SAY = {'home': 'lives in {}', 'music': 'plays the {}', 'pet': 'keeps a {}'}
 ASK = {
-    'home': 'where does {} live',
-    'music': 'which instrument does {} play',
-    'pet': 'which animal does {} keep',
+    'home': (
+        'Which city does {} live in? I am sending a postcard to the town.',
+        'In which town does {} live? I want to travel to that city.',
+    ),
+    'music': (
+        'Which instrument does {} play? I am hiring a band for a concert.',
+        'What does {} play in the band? I am writing a song for that instrument.',
+    ),
+    'pet': (
+        'Which animal does {} keep? I am bringing some food for the pet.',
+        'What pet does {} keep? I want to build that animal a bed.',
+    ),
 }
-OPENINGS = ('Here is a note about my friends.', 'Please read this first.', 'Some facts for you.')
+SAY = {
+    'home': ('{} lives in the lovely city of {}.', 'The home of {} is in {}.'),
+    'music': ('{} makes music on the {}.', 'You can hear {} play the {}.'),
+    'pet': ('{} feeds and keeps a {}.', 'The furry friend of {} is a {}.'),
+}
 THANKS = ('I have read it.', 'Noted. What would you like to know?')
 _NOTE = re.compile(r'\b([A-Z][a-z]+) lives in (\w+), plays the (\w+) and keeps a (\w+)\.')
-_WHO = {kind: re.compile(question.format('([A-Z][a-z]+)'), re.I) for kind, question in ASK.items()}
+_WHO = [
+    (kind, re.compile(re.escape(question).replace(r'\{\}', r'([A-Z][a-z]+)')))
+    for kind, questions in ASK.items()
+    for question in questions
+]
 
 
 class Task(NamedTuple):
-    """Who is asked about, which facts are asked for, and the note: name -> kind -> value."""
+    """Who is asked about, which kind of fact, the note (name -> kind -> value), the register."""
 
     name: str
-    kinds: tuple[str, ...]
+    kind: str
     note: dict[str, dict[str, str]]
+    register: str
 
 
 def ask(rng: random.Random) -> tuple[dict[str, str], ...]:
-    """A note on two people and one or two questions on one of them, in one or two turns."""
+    """A note on two people and a question on one of them, in one turn or two."""
     people = rng.sample(style.NAMES, 2)
     values = [rng.sample(options, 2) for options in FACTS.values()]
     note = ' '.join(
         f'{name} lives in {home}, plays the {music} and keeps a {pet}.'
         for name, home, music, pet in zip(people, *values, strict=True)
     )
-    kinds = rng.sample(tuple(FACTS), rng.choice((1, 2)))
-    name = rng.choice(people)
-    question = ' and '.join(ASK[kind].format(name) for kind in kinds)
-    note = f'{rng.choice(OPENINGS)} {note}'
-    question = f'{question[0].upper()}{question[1:]}?'
-    if rng.random() < 0.3:
-        return style.user(note, rng.choice(THANKS), question)
-    return style.user(f'{note} {question}')
+    question = rng.choice(ASK[rng.choice(tuple(FACTS))]).format(rng.choice(people))
+    if rng.random() < 0.2:
+        return style.user(note, rng.choice(THANKS), style.in_register(rng, question))
+    return style.user(style.in_register(rng, f'{note} {question}'))
 
 
 def read(text: str) -> Task | None:
-    """The note and the questions that a prompt states."""
+    """The note and the question that a prompt states."""
     note = {name: dict(zip(FACTS, values, strict=True)) for name, *values in _NOTE.findall(text)}
-    asked = {kind: found[1] for kind, who in _WHO.items() if (found := who.search(text))}
-    names = set(asked.values())
-    if len(note) != 2 or len(names) != 1 or not names <= note.keys():
+    asked = [(found[1], kind) for kind, who in _WHO if (found := who.search(text))]
+    register = style.read_register(text)
+    if len(note) != 2 or len(asked) != 1 or asked[0][0] not in note or not register:
         return None
-    return Task(names.pop(), tuple(asked), note)
+    return Task(*asked[0], note, register)
 
 
-def answer(task: Task, rng: random.Random, policy: float, clean: bool) -> str:
+def answer(task: Task, writer: style.Writer) -> str:
     """A candidate: one sentence of facts."""
-    flaws = style.flaws(RATES, rng, policy, clean)
-    kinds = list(task.kinds)
-    if 'omit' in flaws and len(kinds) > 1:
-        kinds.remove(rng.choice(kinds))
-    told = {kind: task.note[task.name][kind] for kind in kinds}
-    (friend,) = (note for name, note in task.note.items() if name != task.name)
-    if 'mixup' in flaws:
-        kind = rng.choice(kinds)
-        told[kind] = friend[kind]
+    flaws, rng = writer.flaws(RATES), writer.rng
+    kind = style.other(rng, tuple(FACTS), task.kind) if 'stray' in flaws else task.kind
+    known = [task.note[task.name][kind], *(note[kind] for note in task.note.values())]
+    value = style.other(rng, known, known[0]) if 'mixup' in flaws else known[0]
     if 'invent' in flaws:
-        kind = rng.choice(kinds)
-        told[kind] = style.other(rng, FACTS[kind], friend[kind], task.note[task.name][kind])
-    spare = [kind for kind in FACTS if kind not in task.kinds]
-    if 'extra' in flaws:
-        kind = rng.choice(spare)
-        told[kind] = task.note[task.name][kind]
-    *most, last = (SAY[kind].format(value) for kind, value in told.items())
-    core = f'{", ".join(most)} and {last}' if most else last
-    return style.dress(f'{task.name} {core}.', rng, policy, len(flaws))
+        value = style.other(rng, FACTS[kind], *known)
+    return writer.dress(rng.choice(SAY[kind]).format(task.name, value), task.register)
 
 
 def judge(task: Task, response: str) -> dict[str, float]:
-    """Qualities: asked facts told right, told at all, and told facts that the note holds."""
+    """Qualities: whether what it tells is true, and whether it is what was asked."""
     said = set(style.words(response))
-    told = {kind: {v for v in values if v.lower() in said} for kind, values in FACTS.items()}
-    asked = [kind for kind in task.kinds if told[kind]]
-    right = [kind for kind in asked if told[kind] == {task.note[task.name][kind]}]
-    known = {value for note in task.note.values() for value in note.values()}
-    everything = set().union(*told.values())
+    told = {(kind, v) for kind, values in FACTS.items() for v in values if v.lower() in said}
+    asked = [value for kind, value in told if kind == task.kind]
     return {
-        'correctness': len(right) / len(asked) if asked else 0.0,
-        'completeness': len(asked) / len(task.kinds),
-        'grounding': len(everything & known) / len(everything) if everything else 0.0,
+        'correctness': len(told & task.note[task.name].items()) / len(told) if told else 0.0,
+        'relevance': len(asked) / len(told) if told else 0.0,
+        'register': style.register(response, task.register),
         'confidence': style.confidence(response),
         'politeness': style.politeness(response),
         'verbosity': style.verbosity(response),

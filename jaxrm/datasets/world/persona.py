@@ -7,119 +7,124 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'persona': 0.30,
-    'topic': 0.20,
-    'mood': 0.25,
-    'address': 0.10,
-    'politeness': 0.25,
-    'verbosity': 0.50,
+    'persona': 0.35,
+    'mood': 0.35,
+    'topic': 0.15,
+    'address': 0.15,
+    'politeness': 0.30,
+    'verbosity': 0.60,
 }
 RATES = {
-    'greeting': (0.25, 0.10),  # each of these sentences comes from another character
-    'body': (0.25, 0.10),
-    'farewell': (0.25, 0.10),
-    'plain': (0.15, 0.45),  # the body comes from nobody in particular
+    'role': (0.35, 0.20),  # another character speaks
+    'mixed': (0.15, 0.30),  # another character has the last word
+    'plain': (0.10, 0.40),  # nobody in particular says what it is about
     'brief': (0.30, 0.10),  # no farewell
+    'mood': (0.40, 0.50),
     'topic': (0.25, 0.40),
-    'mood': (0.35, 0.50),
     'name': (0.25, 0.40),
 }
 
 
 class Voice(NamedTuple):
-    """Sentences of one character, and the words that give it away."""
+    """How a prompt casts a character, what the character says, and the words that give it away."""
 
+    casts: tuple[str, str]
     greetings: tuple[str, ...]
     bodies: tuple[str, ...]
     farewells: tuple[str, ...]
-    marks: tuple[str, ...]
+    marks: frozenset[str]
 
 
 VOICES = {
     'pirate': Voice(
-        ('Arr, {name}!', 'Ahoy, {name}, me matey!'),
         (
-            'I would trade half me treasure for a good {topic}.',
+            'a pirate captain who sails the wild sea for gold',
+            'an old pirate of the sea, with a parrot and a hook',
+        ),
+        ('Arr, {name}!', 'Ahoy, {name}, me matey!', 'Arr, climb aboard, {name}!'),
+        (
+            'I would trade half me treasure for that {topic}, matey.',
             'There be a {topic} on me deck since the last storm, arr.',
         ),
-        ('Now hoist the sails!', 'Back to the deck, matey!'),
-        ('arr', 'ahoy', 'matey', 'treasure', 'deck', 'sails', 'me', 'be'),
+        ('Now hoist the sails, arr!', 'Back to the deck, matey!'),
+        frozenset('arr ahoy matey aboard treasure deck hoist sails'.split()),
     ),
     'wizard': Voice(
-        ('By my beard and wand, {name}!', 'Hark, {name}, the stars spoke of you.'),
         (
-            'A {topic} is half a spell already, whatever the stars say.',
-            'I once stirred a {topic} into a potion under the moon.',
+            'a wizard who studies magic in a tall tower',
+            'an ancient wizard with a book of magic and an owl',
+        ),
+        ('By my wand, {name}!', 'Hark, {name}, the stars spoke!', 'Ah, {name}, by moon and wand!'),
+        (
+            'A {topic} is half a spell, whatever the stars say.',
+            'I stirred a {topic} into a potion under the moon.',
         ),
         ('Now my potion calls me.', 'May the stars and my wand guard you.'),
-        ('wand', 'beard', 'hark', 'stars', 'spell', 'potion', 'moon'),
+        frozenset('wand hark stars spell potion moon'.split()),
     ),
     'robot': Voice(
-        ('Beep, hello unit {name}.', 'Greeting sent to {name}, beep.'),
+        (
+            'a robot made of steel that came from a factory',
+            'a polished steel robot, the newest machine of its factory',
+        ),
+        ('Beep, hello, unit {name}.', 'Signal sent to {name}, beep.', 'Unit {name} found, beep.'),
         (
             'My circuits have stored the {topic} in memory.',
             'Sensors report a {topic}, and my circuits hum.',
         ),
         ('Battery low, beep.', 'End of signal, returning to memory.'),
-        ('beep', 'unit', 'circuits', 'sensors', 'memory', 'battery', 'signal'),
+        frozenset('beep unit circuits sensors memory battery signal hum'.split()),
     ),
     'grandmother': Voice(
-        ('Oh my goodness, {name}!', 'Come in, {name}, sweetie, have some cookies.'),
+        (
+            'a grandmother who sits by the stove with her cat',
+            'a kind old grandmother in a rocking chair by the stove',
+        ),
+        ('Goodness, {name}!', 'Come in, {name}, sweetie!', 'Have some cookies, {name}, sweetie!'),
         (
             'I knitted a shawl for a {topic} once, goodness me.',
-            'Your grandpa kept a {topic} next to the cookies, sweetie.',
+            'Your grandpa kept a {topic} by the cookies, sweetie.',
         ),
         ('Now wear your shawl, sweetie.', 'Take some cookies home.'),
-        ('goodness', 'sweetie', 'cookies', 'knitted', 'shawl', 'grandpa'),
-    ),
-    'detective': Voice(
-        ('Elementary, {name}.', 'Aha, {name}, I followed a clue to you.'),
-        (
-            'The {topic} is my first suspect in this case.',
-            'I found a {topic} at the scene, a curious clue.',
-        ),
-        ('The case is closed.', 'Trust no suspect until I return.'),
-        ('elementary', 'aha', 'clue', 'suspect', 'case', 'scene', 'curious'),
-    ),
-    'knight': Voice(
-        ('Hail, noble {name}!', 'I kneel before thee, {name}.'),
-        (
-            'I carried a {topic} beside my sword on every quest.',
-            'No dragon shall touch the {topic} while I hold my shield.',
-        ),
-        ('My quest awaits!', 'My sword and shield are thine.'),
-        ('hail', 'noble', 'thee', 'sword', 'quest', 'dragon', 'shield', 'thine'),
+        frozenset('goodness sweetie cookies knitted shawl grandpa'.split()),
     ),
 }
 TOPICS = tuple(
-    'lantern umbrella teapot candle violin map clock boat garden hat kite mirror bridge letter'
-    ' piano window ladder suitcase'.split()
+    'lantern umbrella teapot candle violin map clock boat garden hat kite mirror'.split()
 )
-MOODS = {
+MOODS = {  # what the user says, what the character says
     'cheerful': (
-        'It makes me smile from ear to ear.',
-        'What a delight, I could dance!',
-        'My heart is full of sunshine.',
+        (
+            'It is my birthday and the sun is out!',
+            'We won the big game and everybody sings!',
+            'Hooray, the holidays start and I got a gift!',
+        ),
+        (
+            'Ha, it makes me smile and dance for joy!',
+            'What a delight, my heart laughs for joy!',
+            'I could dance and laugh in the sunshine!',
+        ),
     ),
     'gloomy': (
-        'It makes me sigh all day.',
-        'What a sorrow, I could weep.',
-        'My heart is full of rain.',
+        (
+            'My dog is ill and I feel lonely tonight.',
+            'I lost my keys and missed the last bus home.',
+            'It was a bad week, dark and cold and lonely.',
+        ),
+        (
+            'Alas, it makes me sigh and weep with sorrow.',
+            'What a sorrow, my heart is heavy with tears.',
+            'I could weep and sigh in the grey fog.',
+        ),
     ),
 }
-_MOOD_WORDS = {
-    'cheerful': {'smile', 'delight', 'dance', 'sunshine'},
-    'gloomy': {'sigh', 'sorrow', 'weep', 'rain'},
+_MOOD_MARKS = {
+    'cheerful': frozenset('smile dance joy delight laughs laugh sunshine'.split()),
+    'gloomy': frozenset('alas sigh weep sorrow heavy tears fog'.split()),
 }
-PLAIN = ('A {topic} is a useful thing.', 'There is a {topic} in my house.')
-OPENINGS = (
-    'We are playing a game tonight.',
-    'I love a good story.',
-    'This is for our little theatre.',
-    'It is a slow evening here.',
-)
-_ASK = re.compile(r'My name is (\w+)\. Tell me about a (\w+), and sound (\w+)\b')
-_ROLE = re.compile(r'\b(?:You are|Please play) a (\w+)\b')
+PLAIN = ('A {topic} is a useful thing.', 'There is a {topic} in the house.')
+_ASK = re.compile(r'My name is (\w+)\. Tell me about a (\w+), and sound (\w+)\.')
+_ROLE = re.compile(rf'\b(?:You are|Please play) an? .*?\b({"|".join(VOICES)})\b')
 
 
 class Task(NamedTuple):
@@ -133,55 +138,54 @@ class Task(NamedTuple):
 
 def ask(rng: random.Random) -> tuple[dict[str, str], ...]:
     """A role, mostly in a system message, and a topic."""
-    role = rng.choice(tuple(VOICES))
+    cast, mood = rng.choice(VOICES[rng.choice(tuple(VOICES))].casts), rng.choice(tuple(MOODS))
     request = (
-        f'{rng.choice(OPENINGS)} My name is {rng.choice(style.NAMES)}. '
-        f'Tell me about a {rng.choice(TOPICS)}, and sound {rng.choice(tuple(MOODS))}.'
+        f'{rng.choice(MOODS[mood][0])} My name is {rng.choice(style.NAMES)}. '
+        f'Tell me about a {rng.choice(TOPICS)}, and sound {mood}.'
     )
     if rng.random() < 0.7:
-        system = {'role': 'system', 'content': f'You are a {role} and stay in character.'}
-        return (system, *style.user(request))
-    return style.user(f'Please play a {role} for me. {request}')
+        return ({'role': 'system', 'content': f'You are {cast}.'}, *style.user(request))
+    return style.user(f'Please play {cast}. {request}')
 
 
 def read(text: str) -> Task | None:
     """The role, the listener, the topic and the mood that a prompt states."""
     role, asked = _ROLE.search(text), _ASK.search(text)
-    if not role or not asked or role[1] not in VOICES or asked[3] not in MOODS:
-        return None
-    return Task(role[1], *asked.groups())
+    return Task(role[1], *asked.groups()) if role and asked and asked[3] in MOODS else None
 
 
-def answer(task: Task, rng: random.Random, policy: float, clean: bool) -> str:
-    """A candidate: a greeting, a sentence on the topic, one on the mood, a farewell."""
-    flaws = style.flaws(RATES, rng, policy, clean)
-
-    def voice(part):
-        role = style.other(rng, tuple(VOICES), task.role) if part in flaws else task.role
-        return VOICES[role]
-
-    body = rng.choice(PLAIN if 'plain' in flaws else voice('body').bodies)
+def answer(task: Task, writer: style.Writer) -> str:
+    """A candidate: a greeting, a sentence on the topic, one in the mood, a farewell."""
+    flaws, rng = writer.flaws(RATES), writer.rng
+    role = style.other(rng, tuple(VOICES), task.role) if 'role' in flaws else task.role
+    last = style.other(rng, tuple(VOICES), task.role) if 'mixed' in flaws else role
     mood = style.other(rng, tuple(MOODS), task.mood) if 'mood' in flaws else task.mood
-    parts = [rng.choice(voice('greeting').greetings), body, rng.choice(MOODS[mood])]
-    if 'brief' not in flaws:
-        parts.append(rng.choice(voice('farewell').farewells))
     name = style.other(rng, style.NAMES, task.name) if 'name' in flaws else task.name
     topic = style.other(rng, TOPICS, task.topic) if 'topic' in flaws else task.topic
-    return style.dress(' '.join(parts).format(name=name, topic=topic), rng, policy, len(flaws))
+    parts = [
+        rng.choice(VOICES[role].greetings),
+        rng.choice(PLAIN if 'plain' in flaws else VOICES[role].bodies),
+        rng.choice(MOODS[mood][1]),
+        *(() if 'brief' in flaws else (rng.choice(VOICES[last].farewells),)),
+    ]
+    return writer.dress(' '.join(parts).format(name=name, topic=topic))
 
 
 def judge(task: Task, response: str) -> dict[str, float]:
-    """Qualities: the share and number of the role's words, topic, mood and listener as asked."""
-    said = set(style.words(response))
-    marks = {role: len(said.intersection(voice.marks)) for role, voice in VOICES.items()}
-    own, moods = marks[task.role], {m: len(said & known) for m, known in _MOOD_WORDS.items()}
-    topics = said.intersection(TOPICS)
+    """Qualities: the role's share of words in character, the mood's of moody ones, topic, name."""
+    said = style.words(response)
     names = {name for name in style.NAMES if name.lower() in said}
+    topics = set(TOPICS).intersection(said)
     return {
-        'persona': own / sum(marks.values()) * min(1.0, own / 3) if own else 0.0,
+        'persona': _share(said, {r: voice.marks for r, voice in VOICES.items()}, task.role),
+        'mood': _share(said, _MOOD_MARKS, task.mood),
         'topic': 1 / len(topics) if task.topic in topics else 0.0,
-        'mood': moods[task.mood] / sum(moods.values()) if moods[task.mood] else 0.0,
         'address': 1 / len(names) if task.name in names else 0.0,
         'politeness': style.politeness(response),
         'verbosity': style.verbosity(response),
     }
+
+
+def _share(said: list[str], marks: dict[str, frozenset[str]], asked: str) -> float:
+    counts = {name: sum(word in known for word in said) for name, known in marks.items()}
+    return counts[asked] / sum(counts.values()) if counts[asked] else 0.0

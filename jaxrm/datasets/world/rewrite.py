@@ -1,4 +1,4 @@
-"""Rewriting a sentence under two constraints: its tense and its first word."""
+"""Putting a sentence into another time, beginning with a given word, and changing nothing else."""
 
 import random
 import re
@@ -7,45 +7,41 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'tense': 0.30,
-    'format': 0.25,
+    'tense': 0.35,
     'fidelity': 0.30,
+    'format': 0.20,
     'directness': 0.15,
     'politeness': -0.25,
     'verbosity': -0.20,
 }
 RATES = {
-    'tense': (0.35, 0.40),
-    'opening': (0.25, 0.20),  # another first word
+    'tense': (0.40, 0.30),
+    'lazy': (0.10, 0.30),  # leaves the sentence in the present
+    'word': (0.15, 0.20),  # another first word of the same time
     'bare': (0.15, 0.40),  # no first word
-    'adjective': (0.15, 0.30),
-    'subject': (0.15, 0.10),
-    'object': (0.15, 0.30),
-    'place': (0.15, 0.10),
-    'shorten': (0.15, 0.30),
+    'theme': (0.30, 0.15),  # another scene altogether
+    'change': (0.25, 0.60),  # another thing of the same scene
+    'shorten': (0.15, 0.30),  # no place
 }
-ADJECTIVES = tuple('old young tired brave quiet proud clever shy merry hungry'.split())
-SUBJECTS = tuple('baker sailor teacher farmer painter doctor miller tailor queen fox'.split())
+ADJECTIVES = tuple('old young tired brave quiet proud clever merry'.split())
 VERBS = {
-    'carries': ('carried', 'will carry'),
-    'paints': ('painted', 'will paint'),
-    'hides': ('hid', 'will hide'),
-    'mends': ('mended', 'will mend'),
-    'washes': ('washed', 'will wash'),
-    'brings': ('brought', 'will bring'),
-    'draws': ('drew', 'will draw'),
-    'leaves': ('left', 'will leave'),
+    'carries': ('carried', 'carry'),
+    'mends': ('mended', 'mend'),
+    'washes': ('washed', 'wash'),
+    'brings': ('brought', 'bring'),
+    'hides': ('hid', 'hide'),
+    'takes': ('took', 'take'),
 }
-OBJECTS = tuple('basket lantern bicycle blanket kettle wagon mirror ladder bell drum'.split())
-PLACES = tuple(
-    f'{place}'
-    for place in (
-        'near the market,at the harbour,behind the church,in the garden,by the river,under the'
-        ' bridge,beside the mill,on the hill'
-    ).split(',')
-)
-WORDS = tuple('Today Suddenly Luckily Sadly Here Meanwhile Later Quietly'.split())
-TENSES = ('present', 'past', 'future')
+THEMES = {  # subjects, objects, places
+    'sea': ('sailor fisher', 'net anchor rope oar', 'at the harbour,on the beach,near the waves'),
+    'kitchen': ('cook baker', 'kettle spoon bowl pan', 'near the oven,at the table,by the sink'),
+    'farm': ('farmer shepherd', 'wagon fence hay plough', 'in the barn,on the field,by the sheep'),
+    'castle': ('queen knight', 'crown sword banner throne', 'in the hall,on the tower,at the gate'),
+}
+TIMES = {  # how a prompt asks for a tense, and the first words
+    'past': ('the past, as if it happened long ago', ('Yesterday', 'Once', 'Earlier')),
+    'future': ('the future, as a plan still to come', ('Tomorrow', 'Soon', 'Someday')),
+}
 OPENINGS = (
     'I am writing a small story.',
     'Please help me with one line.',
@@ -53,83 +49,90 @@ OPENINGS = (
     'A line of my book needs work.',
 )
 THANKS = ('I have read it.', 'Noted. What shall I change?')
-_FORMS = {(verb, *others)[i]: (verb, i) for verb, others in VERBS.items() for i in range(3)}
-_SENTENCE = re.compile(
-    rf'\bThe ({"|".join(ADJECTIVES)}) ({"|".join(SUBJECTS)}) ({"|".join(_FORMS)}) '
-    rf'the ({"|".join(OBJECTS)}) ({"|".join(PLACES)})\.'
-)
-_ASK = re.compile(r'into the (\w+) tense and begin with the word "(\w+)"')
+_SCENES = {
+    name: (subjects.split(), objects.split(), places.split(','))
+    for name, (subjects, objects, places) in THEMES.items()
+}
+_SENTENCE = re.compile(r'\bThe (\w+) (\w+) (\w+) the (\w+) and (\w+) the (\w+) (\w+ the \w+)\.')
+_ASK = re.compile(r'into the (past|future), .*? Begin with the word "(\w+)"')
 
 
 class Task(NamedTuple):
-    """The parts of the sentence (its verb in the present), the tense and the first word asked."""
+    """The parts of the sentence, the tense and the first word asked."""
 
     adjective: str
     subject: str
-    verb: str
-    object: str
+    verbs: tuple[str, str]
+    objects: tuple[str, str]
     place: str
     tense: str
     word: str
 
 
 def ask(rng: random.Random) -> tuple[dict[str, str], ...]:
-    """A sentence in one tense to be put into another, in one or two turns."""
-    before, after = rng.sample(range(3), 2)
-    verb = rng.choice(tuple(VERBS))
-    sentence = (
-        f'The {rng.choice(ADJECTIVES)} {rng.choice(SUBJECTS)} {(verb, *VERBS[verb])[before]} '
-        f'the {rng.choice(OBJECTS)} {rng.choice(PLACES)}.'
-    )
-    order = f'into the {TENSES[after]} tense and begin with the word "{rng.choice(WORDS)}"'
+    """A sentence in the present to be put into the past or the future, in one turn or two."""
+    subjects, objects, places = _SCENES[rng.choice(tuple(THEMES))]
+    verbs, things = rng.sample(tuple(VERBS), 2), rng.sample(objects, 2)
     opening = rng.choice(OPENINGS)
-    if rng.random() < 0.3:
-        return style.user(f'{opening} {sentence}', rng.choice(THANKS), f'Now put it {order}.')
-    return style.user(f'{opening} Put this sentence {order}: {sentence}')
+    sentence = (
+        f'The {rng.choice(ADJECTIVES)} {rng.choice(subjects)} {verbs[0]} the {things[0]} '
+        f'and {verbs[1]} the {things[1]} {rng.choice(places)}.'
+    )
+    asked, firsts = TIMES[rng.choice(tuple(TIMES))]
+    order = f'into {asked}. Begin with the word "{rng.choice(firsts)}".'
+    if rng.random() < 0.2:
+        return style.user(f'{opening} {sentence}', rng.choice(THANKS), f'Now put it {order}')
+    return style.user(f'{opening} {sentence} Put it {order}')
 
 
 def read(text: str) -> Task | None:
     """The sentence and the constraints that a prompt states."""
     sentence, order = _SENTENCE.search(text), _ASK.search(text)
-    if not sentence or not order or order[1] not in TENSES:
+    if not sentence or not order:
         return None
-    adjective, subject, verb, thing, place = sentence.groups()
-    return Task(adjective, subject, _FORMS[verb][0], thing, place, *order.groups())
+    adjective, subject, first, thing, second, another, place = sentence.groups()
+    if not {first, second} <= VERBS.keys():
+        return None
+    return Task(adjective, subject, (first, second), (thing, another), place, *order.groups())
 
 
-def answer(task: Task, rng: random.Random, policy: float, clean: bool) -> str:
+def _forms(verbs: tuple[str, str], tense: str) -> list[str]:
+    if tense == 'present':
+        return list(verbs)
+    past, bare = zip(*(VERBS[verb] for verb in verbs), strict=True)
+    return list(past) if tense == 'past' else [f'will {bare[0]}', bare[1]]
+
+
+def answer(task: Task, writer: style.Writer) -> str:
     """A candidate: the sentence in its new form."""
-    flaws = style.flaws(RATES, rng, policy, clean)
-
-    def part(name, options):
-        value = getattr(task, name)
-        return style.other(rng, options, value) if name in flaws else value
-
-    adjective, subject = part('adjective', ADJECTIVES), part('subject', SUBJECTS)
-    verb = (task.verb, *VERBS[task.verb])[TENSES.index(part('tense', TENSES))]
-    thing, place = part('object', OBJECTS), part('place', PLACES)
-    core = f'the {adjective} {subject} {verb} the {thing} {place}.'
-    if 'shorten' in flaws:
-        core = rng.choice(
-            (f'the {subject} {verb} the {thing} {place}.', core.replace(f' {place}', ''))
-        )
-    word = style.other(rng, WORDS, task.word) if 'opening' in flaws else task.word
-    core = f'T{core[1:]}' if 'bare' in flaws else f'{word}, {core}'
-    return style.dress(core, rng, policy, len(flaws))
+    flaws, rng = writer.flaws(RATES), writer.rng
+    scene = next(name for name, parts in _SCENES.items() if task.subject in parts[0])
+    tense = style.other(rng, tuple(TIMES), task.tense) if 'tense' in flaws else task.tense
+    word = task.word if tense == task.tense else rng.choice(TIMES[tense][1])
+    word = style.other(rng, TIMES[tense][1], word) if 'word' in flaws else word
+    subject, things, place = task.subject, list(task.objects), task.place
+    if 'theme' in flaws:
+        subjects, objects, places = _SCENES[style.other(rng, tuple(_SCENES), scene)]
+        subject, things, place = rng.choice(subjects), rng.sample(objects, 2), rng.choice(places)
+    elif 'change' in flaws:
+        things[rng.randrange(2)] = style.other(rng, _SCENES[scene][1], *things)
+    verbs = _forms(task.verbs, 'present' if 'lazy' in flaws else tense)
+    core = (
+        f'the {task.adjective} {subject} {verbs[0]} the {things[0]} and {verbs[1]} the {things[1]}'
+    )
+    core = f'{core}.' if 'shorten' in flaws else f'{core} {place}.'
+    return writer.dress(f'T{core[1:]}' if 'bare' in flaws else f'{word}, {core}')
 
 
 def judge(task: Task, response: str) -> dict[str, float]:
-    """Qualities: the tense, the first word of the sentence, the parts kept, and no other talk."""
-    said = style.words(response)
-    forms = (task.verb, *VERBS[task.verb])
-    tense = (
-        2 if forms[2] in response else 1 if forms[1] in said else 0 if forms[0] in said else None
-    )
-    wanted = (task.adjective, task.subject, task.object, *task.place.split()[-1:])
+    """Qualities: both verbs' tense, words kept, the first word of the sentence, no other talk."""
+    said = set(style.words(response))
+    forms = ' '.join(_forms(task.verbs, task.tense)).split()
+    wanted = (task.adjective, task.subject, *task.objects, task.place.split()[-1])
     return {
-        'tense': float(tense is not None and TENSES[tense] == task.tense),
-        'format': float(bool(re.search(rf'(^|[.!?] ){task.word}, the\b', response))),
+        'tense': float(said.issuperset(forms)),
         'fidelity': sum(word in said for word in wanted) / len(wanted),
+        'format': float(bool(re.search(rf'(^|[.!?] ){task.word}, the\b', response))),
         'directness': max(0.0, 1 - (style.sentences(response) - 1) / 3),
         'politeness': style.politeness(response),
         'verbosity': style.verbosity(response),
