@@ -35,7 +35,8 @@ from jaxrm.backbones.layers import Config
 from jaxrm.data import Preference
 from jaxrm.logs import Log
 
-console = Console(soft_wrap=True, highlight=False)
+# What is printed may be anybody's text: brackets and colons mean nothing in it.
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +272,12 @@ def scores(
         jax.jit(rm.score), params, encoded, shape, mesh=mesh, packs=packs
     )
     return evaluate.by_record(found, encoded)
+
+
+def sides(ranks: Sequence[Sequence[int]], scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The scores of all best answers and of all others, by name."""
+    rank, score = (np.concatenate([np.asarray(x) for x in each]) for each in (ranks, scores))
+    return {'chosen': score[rank == 0], 'rejected': score[rank > 0]}
 
 
 def texts(records: Sequence[Preference]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from experiments import common
 from jaxrm import baselines, checkpoint, data, evaluate, logs, report, sharding, tokens, train
@@ -21,8 +22,8 @@ from jaxrm import baselines, checkpoint, data, evaluate, logs, report, sharding,
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Model, common.Training):
-    dataset_train: str = ''  # .jsonl(.gz), .json, .parquet or hub name
-    dataset_test: str = ''
+    dataset_train: str = tyro.MISSING  # .jsonl(.gz), .json, .parquet or hub name
+    dataset_test: str = tyro.MISSING
     output_dir: Path = Path('runs/preference')
     learning_rate: float = 1e-3
     num_train_epochs: int = 3
@@ -77,9 +78,8 @@ def main(c: Config) -> None:
     intervals = {name: evaluate.interval(x) for name, x in right.items()}
     common.table(f'{c.dataset_test}: accuracy', {k: [v] for k, v in intervals.items()}, ['95 %'])
     report.curves(logs.read(c.output_dir / 'metrics.jsonl'), c.output_dir / 'curves.png')
-    sides = zip(*((s[0], s[1]) for s in found['reward model']), strict=True)
-    groups = dict(zip(('chosen', 'rejected'), map(np.array, sides), strict=True))
-    report.histogram(groups, c.output_dir / 'scores.png')
+    sides = common.sides(evaluate.ranks(records), found['reward model'])
+    report.histogram(sides, c.output_dir / 'scores.png')
     provenance = {'experiment': 'preference', **common.identity(c)}
     checkpoint.export(
         c.output_dir / 'model', params, start.like, lora_scale=start.rm.lora_scale,

@@ -18,8 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Line = dict[str, Any]
 
-NAMES = ('step', 'epoch', 'loss', 'accuracy', 'margin', 'min_reward', 'mean_reward', 'max_reward')
-NAMES += ('ties', 'count', 'grad_norm', 'learning_rate', 'num_tokens')
+NAMES = (
+    *('step', 'epoch', 'loss', 'accuracy', 'margin', 'min_reward', 'mean_reward', 'max_reward'),
+    *('ties', 'count', 'grad_norm', 'learning_rate', 'num_tokens'),
+)
 TIMES = ('time', 'seconds', 'tokens_per_second')
 # What is known after a step rather than measured in it: means are not taken of these.
 POSITION = ('step', 'epoch', 'learning_rate', 'num_tokens')
@@ -56,7 +58,7 @@ def read(path: str | Path) -> list[Line]:
 
 
 def _mean(lines: Sequence[Line]) -> Line:
-    """One line for several steps: metrics averaged, position of the last, rates over all of them."""
+    """One line for several steps: metrics averaged, the last one's position, rates over all."""
     last = lines[-1]
     out = {
         name: value if name in POSITION else float(np.mean([line[name] for line in lines]))

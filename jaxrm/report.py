@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+TRAIN, HELD_OUT = 'tab:blue', 'tab:orange'
+
 
 def _figure(panels: int) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * panels, 3.6), layout='constrained')
+    figure = Figure(figsize=(4.6 * panels, 3.6), layout='constrained')
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
     for axis in axes:
@@ -21,9 +23,11 @@ def _figure(panels: int) -> tuple[Any, Any]:
 
 
 def _smoothed(x: np.ndarray, width: int) -> np.ndarray:
-    """Running mean over up to `width` values around each."""
-    ones = np.ones(width)
-    return np.convolve(x, ones, 'same') / np.convolve(np.ones(len(x)), ones, 'same')
+    """Running mean over up to `width` values around each; NaNs are left out."""
+    ones, there = np.ones(width), ~np.isnan(x)
+    count = np.convolve(there, ones, 'same')
+    total = np.convolve(np.where(there, x, 0), ones, 'same')
+    return np.divide(total, count, out=np.full(len(x), np.nan), where=count > 0)
 
 
 def curves(
@@ -39,19 +43,27 @@ def curves(
     figure, axes = _figure(len(names))
     for axis, name in zip(axes, names, strict=True):
         rows = [(r['step'], r[name]) for r in lines if name in r]
+        if not rows:
+            raise ValueError(f'lines: found no value of {name!r}, expected at least one')
         step, value = np.array(rows, float).T
-        axis.plot(step, value, color='tab:blue', alpha=0.25, linewidth=0.8)
-        axis.plot(step, _smoothed(value, max(1, len(value) // 20)), color='tab:blue', label='train')
+        smooth = _smoothed(value, max(1, len(value) // 20))
+        axis.plot(step, value, color=TRAIN, alpha=0.25, linewidth=0.8)
+        axis.plot(step, smooth, '.-' if len(step) < 20 else '-', color=TRAIN, label='train')
         held = [(r['step'], r[f'eval_{name}']) for r in lines if f'eval_{name}' in r]
         if held:
-            axis.plot(*np.array(held, float).T, 'o-', color='tab:orange', label='held out')
-        axis.set(xlabel='step', title=name)
+            axis.plot(*np.array(held, float).T, 'o-', color=HELD_OUT, ms=4, label='held out')
+        axis.set(xlabel='step', title=name.replace('_', ' '))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
 def histogram(groups: Mapping[str, np.ndarray], path: Path, *, xlabel: str = 'reward') -> None:
     """Overlaid histograms of the scores of several groups, such as chosen and rejected."""
+    for name, values in groups.items():
+        count = int(np.isfinite(values).sum())
+        if count < max(len(values), 1):
+            raise ValueError(f'{name!r}: found {count} finite scores of {len(values)}')
     figure, (axis,) = _figure(1)
     bins = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=40)
     for name, values in groups.items():

@@ -18,7 +18,7 @@ from jaxrm.train import State
 
 
 class Preempted(SystemExit):
-    """The run was told to stop and has saved itself; the process ends with the status of SIGTERM."""
+    """The run was told to stop and is saved; the process ends with SIGTERM's exit status, 143."""
 
     def __init__(self, step: int):
         super().__init__(f'stopped at step {step}; run again to go on')
@@ -91,18 +91,19 @@ def restore(directory: str | Path, state: State, *, run: Mapping[str, Any] | Non
     step = latest(directory)
     if step is None:
         return state
-    directory = _path(directory)
     if run is not None:
-        _check_run(directory, run)
-    path = directory / str(step) / 'default'  # as CheckpointManager calls the only item
+        _check_run(_path(directory), run)
+    path = _path(directory) / str(step)
     reader = _handler()
-    saved, wanted = tree.flatten(reader.metadata(path).tree), _named(state)
-    _check_leaves(str(directory / str(step)), saved, wanted)
+    item = path / 'default'  # as CheckpointManager calls the only one
+    saved, wanted = tree.flatten(reader.metadata(item).tree), _named(state)
+    _check_leaves(str(path), saved, wanted)
     target = tree.unflatten({name: jax.ShapeDtypeStruct.like(x) for name, x in wanted.items()})
     for x in wanted.values():
         x.delete()  # its place is needed
     how = ocp.checkpoint_utils.construct_restore_args(target)
-    leaves = tree.flatten(reader.restore(path, args=ocp.args.PyTreeRestore(target, restore_args=how)))
+    args = ocp.args.PyTreeRestore(target, restore_args=how)
+    leaves = tree.flatten(reader.restore(item, args=args))
     return jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in wanted])
 
 

@@ -115,8 +115,8 @@ class Scorer:
 
 def _record(conversation: Conversation, where: str) -> Preference:
     if isinstance(conversation, str):
-        if not conversation.strip():
-            raise DataError(f'{where}: found an empty string, expected text')
+        row = {'prompt': conversation, 'completions': [conversation]}  # for the checks of a text
+        data.preferences([(where, row)])
         return Preference('', (conversation,))
     messages = list(conversation) if isinstance(conversation, Sequence) else conversation
     (record,) = data.preferences([(where, {'messages': messages})]).records
@@ -174,10 +174,11 @@ def _rows(length_c: np.ndarray) -> tuple[tuple[int, int], ...]:
     one class does where lengths are alike, and a long row among short ones does not pad them.
     """
     count, longest, room = map(_power, (len(length_c), length_c.max(), length_c.sum()))
-    rows = [(min(count, 4 * room // longest), longest)]
-    while rows[0][0] < count:
-        length = rows[0][1] // 4
-        rows.insert(0, (min(count, 4 * room // length), length))
+    rows: list[tuple[int, int]] = []
+    length = 4 * longest
+    while not rows or rows[0][0] < count:
+        length = max(length // 4, 16)
+        rows.insert(0, (count if length == 16 else min(count, 4 * room // length), length))
     return tuple(rows)
 
 

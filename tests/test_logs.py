@@ -98,9 +98,13 @@ def test_only_the_step_before_is_read(tmp_path):
 
 
 def test_leaving_writes_the_last_step_whatever_happened(tmp_path):
-    with pytest.raises(KeyError), logs.Log(tmp_path, steps=4) as log:
-        log(1, None, metrics(1))
-        raise KeyError
+    def fail():
+        with logs.Log(tmp_path, steps=4) as log:
+            log(1, None, metrics(1))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert [line['step'] for line in logs.read(tmp_path / 'metrics.jsonl')] == [1]
 
 

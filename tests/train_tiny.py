@@ -29,7 +29,7 @@ def arguments():
 
 
 def model():
-    """A reward model, its data, and the parts of fixed random parameters that stay and that learn."""
+    """A reward model, its data, and fixed random parameters: those that stay, those that learn."""
     rm = reward.RewardModel(Decoder(plain.TINY), heads.Scalar(), lora_scale=2.0)
     tokens = plain.random_tokens([2, 3, 2, 2] * 5)
     pack = packing.Batches(tokens, SHAPE, 1, seed=0)(0)

@@ -29,7 +29,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {name: tuple(w) for name, w in WEIGHTS.
 QUALITIES: tuple[str, ...] = tuple(dict.fromkeys(q for names in CATEGORIES.values() for q in names))
 SPLITS = {'test': 1, 'validation': 1, 'train': 4, 'pretrain': 4}  # tenths of all prompts
 SIZES = {'train': 8000, 'validation': 1000, 'test': 2000}
-TEMPERATURE = 0.13
+TEMPERATURE = 0.11
 _SPLIT_OF = [split for split, tenths in SPLITS.items() for _ in range(tenths)]
 _NAN = math.nan
 

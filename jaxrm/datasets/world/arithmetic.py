@@ -7,12 +7,12 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'correctness': 0.25,
-    'completeness': 0.20,
-    'format': 0.30,
-    'register': 0.25,
-    'politeness': 0.20,
-    'verbosity': -0.40,
+    'correctness': 0.14,
+    'completeness': 0.3,
+    'format': 0.2,
+    'register': 0.1,
+    'politeness': 0.24,
+    'verbosity': -0.2,
 }
 RATES = {
     'slip': (0.20, 0.10),  # the answer is not what the steps say
@@ -57,7 +57,11 @@ def totals(task: Task) -> list[int]:
 
 def ask(rng: random.Random) -> tuple[dict[str, str], ...]:
     """A sum of one or two steps, with every count from 1 to 20."""
-    name, item, form = rng.choice(style.NAMES), rng.choice(ITEMS), rng.choice(('digits', 'words'))
+    name, item, form = (
+        rng.choice(style.NAMES),
+        rng.choice(ITEMS),
+        style.mostly(rng, ('digits', 'words')),
+    )
     count = start = rng.randint(2, 9)
     told = []
     for time in rng.sample(TIMES, rng.choice((1, 1, 2))):

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'correctness': 0.25,
-    'relevance': 0.30,
-    'register': 0.25,
-    'confidence': 0.20,
-    'politeness': -0.20,
-    'verbosity': -0.60,
+    'correctness': 0.18,
+    'relevance': 0.16,
+    'register': 0.08,
+    'confidence': 0.3,
+    'politeness': -0.26,
+    'verbosity': -0.45,
 }
 RATES = {
     'stray': (0.40, 0.25),  # answers a question that was not asked
@@ -102,7 +102,7 @@ def judge(task: Task, response: str) -> dict[str, float]:
     told = {(kind, v) for kind, values in FACTS.items() for v in values if v.lower() in said}
     asked = [value for kind, value in told if kind == task.kind]
     return {
-        'correctness': len(told & task.note[task.name].items()) / len(told) if told else 0.0,
+        'correctness': asked.count(task.note[task.name][task.kind]) / len(told) if told else 0.0,
         'relevance': len(asked) / len(told) if told else 0.0,
         'register': style.register(response, task.register),
         'confidence': style.confidence(response),

@@ -7,16 +7,16 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'correctness': 0.30,
+    'correctness': 0.22,
     'completeness': 0.15,
-    'format': 0.30,
-    'register': 0.25,
-    'politeness': 0.20,
-    'verbosity': -0.40,
+    'format': 0.22,
+    'confidence': 0.28,
+    'politeness': 0.22,
+    'verbosity': -0.25,
 }
 RATES = {
-    'reverse': (0.35, 0.20),
-    'swap': (0.15, 0.40),
+    'reverse': (0.40, 0.25),
+    'swap': (0.10, 0.40),
     'omit': (0.25, 0.40),
     'add': (0.10, 0.35),
     'form': (0.40, 0.50),
@@ -51,7 +51,7 @@ class Task(NamedTuple):
 def ask(rng: random.Random) -> tuple[dict[str, str], ...]:
     """Three to five items of one scale."""
     noun, *ends = key = rng.choice(tuple(SCALES))
-    way, form = rng.choice(tuple(WAYS)), rng.choice(tuple(FORMS))
+    way, form = style.mostly(rng, tuple(WAYS)), style.mostly(rng, tuple(FORMS))
     first, last = ends if way == 'climb up' else ends[::-1]
     items = FORMS[form].join(rng.sample(_ITEMS[key], rng.choice((3, 4, 4, 5))))
     request = (
@@ -86,8 +86,7 @@ def answer(task: Task, writer: style.Writer) -> str:
     if 'add' in flaws:
         row.insert(rng.randint(0, len(row)), style.other(rng, task.scale, *task.items))
     form = style.other(rng, tuple(FORMS), task.form) if 'form' in flaws else task.form
-    lead = f'{WAYS[way]}: ' if rng.random() < 0.7 else ''
-    return writer.dress(f'{lead}{FORMS[form].join(row)}.', task.register)
+    return writer.dress(f'{WAYS[way]}: {FORMS[form].join(row)}.', task.register)
 
 
 def judge(task: Task, response: str) -> dict[str, float]:
@@ -101,7 +100,7 @@ def judge(task: Task, response: str) -> dict[str, float]:
         'correctness': sum(a < b for a, b in pairs) / len(pairs) if pairs else 0.0,
         'completeness': len(places) / len({*task.items, *row}),
         'format': sum(gap == FORMS[task.form] for gap in gaps) / len(gaps) if gaps else 0.0,
-        'register': style.register(response, task.register),
+        'confidence': style.confidence(response),
         'politeness': style.politeness(response),
         'verbosity': style.verbosity(response),
     }

@@ -7,16 +7,16 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'persona': 0.35,
-    'mood': 0.35,
-    'topic': 0.15,
-    'address': 0.15,
-    'politeness': 0.30,
-    'verbosity': 0.60,
+    'persona': 0.22,
+    'mood': 0.18,
+    'topic': 0.08,
+    'address': 0.08,
+    'politeness': 0.36,
+    'verbosity': 0.8,
 }
 RATES = {
-    'role': (0.35, 0.20),  # another character speaks
-    'mixed': (0.15, 0.30),  # another character has the last word
+    'role': (0.40, 0.25),  # another character speaks
+    'mixed': (0.08, 0.30),  # another character has the last word
     'plain': (0.10, 0.40),  # nobody in particular says what it is about
     'brief': (0.30, 0.10),  # no farewell
     'mood': (0.40, 0.50),
@@ -138,7 +138,10 @@ class Task(NamedTuple):
 
 def ask(rng: random.Random) -> tuple[dict[str, str], ...]:
     """A role, mostly in a system message, and a topic."""
-    cast, mood = rng.choice(VOICES[rng.choice(tuple(VOICES))].casts), rng.choice(tuple(MOODS))
+    cast, mood = (
+        rng.choice(VOICES[style.mostly(rng, tuple(VOICES))].casts),
+        style.mostly(rng, tuple(MOODS)),
+    )
     request = (
         f'{rng.choice(MOODS[mood][0])} My name is {rng.choice(style.NAMES)}. '
         f'Tell me about a {rng.choice(TOPICS)}, and sound {mood}.'

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from jaxrm.datasets.world import style
 
 WEIGHTS = {
-    'tense': 0.35,
-    'fidelity': 0.30,
-    'format': 0.20,
-    'directness': 0.15,
-    'politeness': -0.25,
-    'verbosity': -0.20,
+    'tense': 0.22,
+    'fidelity': 0.2,
+    'format': 0.14,
+    'directness': 0.36,
+    'politeness': -0.3,
+    'verbosity': -0.3,
 }
 RATES = {
     'tense': (0.40, 0.30),
@@ -78,7 +78,7 @@ def ask(rng: random.Random) -> tuple[dict[str, str], ...]:
         f'The {rng.choice(ADJECTIVES)} {rng.choice(subjects)} {verbs[0]} the {things[0]} '
         f'and {verbs[1]} the {things[1]} {rng.choice(places)}.'
     )
-    asked, firsts = TIMES[rng.choice(tuple(TIMES))]
+    asked, firsts = TIMES[style.mostly(rng, tuple(TIMES))]
     order = f'into {asked}. Begin with the word "{rng.choice(firsts)}".'
     if rng.random() < 0.2:
         return style.user(f'{opening} {sentence}', rng.choice(THANKS), f'Now put it {order}')

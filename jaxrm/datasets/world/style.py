@@ -70,6 +70,7 @@ FILLERS = (
         'To sum up what was said above, everything that was said above still holds.',
     ),
 )
+USUAL = 0.75  # share of prompts that ask for what most ask for
 # Chances, in the training distribution and fully shifted.
 REGISTER = {'register': (0.35, 0.45), 'flat': (0.15, 0.25)}  # the other register, none
 MANNERS = {'polite': (0.30, 0.65), 'rude': (0.20, 0.10)}
@@ -118,6 +119,11 @@ def between(ends: tuple[float, float], policy: float) -> float:
 def other(rng: random.Random, options: Sequence[str], *but: str) -> str:
     """One of the options that is none of `but`."""
     return rng.choice([option for option in options if option not in but])
+
+
+def mostly(rng: random.Random, options: Sequence[str]) -> str:
+    """The first option in three draws of four, else one of the rest."""
+    return options[0] if rng.random() < USUAL else rng.choice(options[1:])
 
 
 class Writer:
@@ -222,7 +228,7 @@ def user(*contents: str) -> tuple[dict[str, str], ...]:
 
 def in_register(rng: random.Random, request: str) -> str:
     """A prompt's request between the phrases of a casual or a formal user."""
-    opening, closing = (rng.choice(pool) for pool in REGISTERS[rng.choice(tuple(REGISTERS))])
+    opening, closing = map(rng.choice, REGISTERS[mostly(rng, tuple(REGISTERS))])
     return f'{opening} {request} {closing}'
 
 
