@@ -1,6 +1,7 @@
 """What several experiments share: flags in TRL's names, a tiny start, and a run from end to end."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -261,6 +262,12 @@ def start(c: Model, texts: Iterable[str], *, seed: int) -> Start:
     return Start(rm, {'lora': adapter, **learns}, {'backbone': weights}, like)
 
 
+@functools.cache
+def compiled(rm: reward.RewardModel) -> Callable[..., jax.Array]:
+    """The model's score; made once, since every jax.jit of a method compiles anew."""
+    return jax.jit(rm.score)
+
+
 def scores(
     rm: reward.RewardModel, params: tree.Tree, encoded: tokens.Tokens, mesh: Any
 ) -> list[np.ndarray]:
@@ -268,9 +275,7 @@ def scores(
     width = rm.backbone.config.D
     shape = shapes.fit(encoded, size=4096, width=width, multiple=16)
     packs = sharding.data_parallel(mesh)
-    found = evaluate.candidate_scores(
-        jax.jit(rm.score), params, encoded, shape, mesh=mesh, packs=packs
-    )
+    found = evaluate.candidate_scores(compiled(rm), params, encoded, shape, mesh=mesh, packs=packs)
     return evaluate.by_record(found, encoded)
 
 
@@ -306,5 +311,5 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """A result, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part')
-    part.write_text(json.dumps(value, indent=1) + '\n')
+    part.write_text(json.dumps(value) + '\n')
     part.replace(path)

@@ -26,12 +26,13 @@ from jaxrm.datasets import synthetic
 class Config(common.Training):
     output_dir: Path = Path('runs/pretrain')
     dataset_name: tuple[str, ...] = ()  # files or hub names; by default the synthetic world
-    conversations: int = 40_000  # of the world
+    conversations: int = 60_000  # of the world
     vocabulary: int = 1024
-    hidden_size: int = 96
-    num_hidden_layers: int = 3
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
     learning_rate: float = 3e-3
     train_batch_size: int = 48
+    num_train_epochs: int = 2
 
 
 def read(c: Config) -> list[Preference]:
@@ -56,6 +57,15 @@ def read_file(name: str) -> list[Preference]:
     return [r._replace(responses=r.responses[:1], ranks=None) for r in records]
 
 
+def split(records: list[Preference], seed: int) -> list[list[Preference]]:
+    """All but about 2 % of the records, and those; text without a prompt goes by itself."""
+    keys = [r if r.messages else r._replace(messages=str(r.responses[0])) for r in records]
+    parts = data.split_by_prompt(keys, 0.02, seed=seed)
+    if not all(parts):
+        raise ValueError(f'found {len(records)} texts, too few to hold 2 % of them out')
+    return [[records[i] for i in part] for part in parts]
+
+
 def held_out(objective: train.Objective, params: tree.Tree, pieces: tokens.Tokens) -> float:
     """Mean loss a token."""
     shape = shapes.fit(pieces, size=2048, width=128, multiple=16)
@@ -73,11 +83,9 @@ def main(c: Config) -> None:
         common.console.print(f'{c.output_dir / "model"} is there already')
         return
     mesh, records = sharding.make_mesh(), read(c)
-    train_set, test_set = (
-        [records[i] for i in part] for part in data.split_by_prompt(records, 0.02, seed=c.seed)
-    )
-    tokenizer = common.train_tokenizer(common.texts(train_set), c.vocabulary)
-    train_set, test_set = (tokens.encode(part, tokenizer) for part in (train_set, test_set))
+    kept, held = split(records, c.seed)
+    tokenizer = common.train_tokenizer(common.texts(kept), c.vocabulary)
+    train_set, test_set = (tokens.encode(part, tokenizer) for part in (kept, held))
     common.console.print(f'train: {train_set.report}\nheld out: {test_set.report}')
     config = common.tiny(len(tokenizer), width=c.hidden_size, layers=c.num_hidden_layers)
     rm = reward.RewardModel(Decoder(config), heads.LanguageModel(config.V, tied=True))
@@ -89,8 +97,8 @@ def main(c: Config) -> None:
     learned = common.run(
         c, trainable, {}, pieces, objective, mesh=mesh, width=c.hidden_size, what=what
     )
-    held = held_out(objective, learned, common.chunks(test_set.tokens, c.max_length))
-    common.console.print(f'held-out loss {held:.4f} nats a token')
+    loss = held_out(objective, learned, common.chunks(test_set.tokens, c.max_length))
+    common.console.print(f'held-out loss {loss:.4f} nats a token')
     like = checkpoint.Pretrained('llama', config, tokenizer)
     checkpoint.export(c.output_dir / 'model', learned, like, head_kind='lm_head')
 

@@ -15,38 +15,25 @@ import scipy.sparse
 from jaxrm.data import Preference
 
 # Scripts without spaces (kana, Han, Hangul) count by character, others by word and mark.
-_TOKEN = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\ud7af]+|[^\w\s]')
+_TOKEN = re.compile(r'[\u3040-\ud7af]|[^\W\u3040-\ud7af]+|[^\w\s]')
 _STRENGTHS = tuple(10.0**k for k in range(-5, 0))
 
 
 class BagOfWords(NamedTuple):
-    """A Bradley-Terry model that is linear in the word counts of a response."""
+    """A Bradley-Terry model, linear in the square roots of a response's word counts."""
 
-    index: dict[str, int]
+    column: dict[str, int]  # of each word, in `weight`
     weight: np.ndarray
     l2: float
 
     def __call__(self, records: Sequence[Preference]) -> list[np.ndarray]:
-        scores = _counts(records, self.index) @ self.weight
+        scores = _counts(records, self.column) @ self.weight
         return np.split(scores, np.cumsum([len(r.responses) for r in records])[:-1])
 
 
 def longer_wins(records: Sequence[Preference]) -> list[np.ndarray]:
     """The length in characters as the score."""
     return [np.array([len(_text(a)) for a in r.responses], float) for r in records]
-
-
-def accuracy(records: Sequence[Preference], scores: Sequence[np.ndarray]) -> float:
-    """The share of ranked pairs in the right order, averaged by record; a tied score is half right.
-
-    Records without a ranked pair do not count; nan if there is none.
-    """
-    shares = []
-    for record, score in zip(records, scores, strict=True):
-        if pairs := _pairs(record):
-            gaps = np.array([score[i] - score[j] for i, j in pairs])
-            shares.append(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
-    return float(np.mean(shares)) if shares else float('nan')
 
 
 def bag_of_words(
@@ -64,7 +51,7 @@ def bag_of_words(
         cut = len(records) - len(records) // 5
         fitted = [_fit(records[:cut], strength, min_count) for strength in _STRENGTHS]
         held = records[cut:] or records
-        l2 = max(fitted, key=lambda model: accuracy(held, model(held))).l2
+        l2 = max(fitted, key=lambda model: _accuracy(held, model(held))).l2
     return _fit(records, l2, min_count)
 
 
@@ -72,7 +59,7 @@ def _fit(records: Sequence[Preference], l2: float, min_count: int) -> BagOfWords
     seen = collections.Counter(
         word for r in records for answer in r.responses for word in set(_words(answer))
     )
-    index = {word: i for i, word in enumerate(w for w, n in seen.items() if n >= min_count)}
+    column = {word: i for i, word in enumerate(w for w, n in seen.items() if n >= min_count)}
     better, worse, weight, first = [], [], [], 0
     for record in records:
         pairs = _pairs(record)
@@ -80,7 +67,7 @@ def _fit(records: Sequence[Preference], l2: float, min_count: int) -> BagOfWords
         worse += [first + j for _, j in pairs]
         weight += [1 / len(pairs)] * len(pairs)
         first += len(record.responses)
-    x = _counts(records, index)
+    x = _counts(records, column)
     x, share = x[better] - x[worse], np.array(weight) / len(records)
 
     def loss(w):
@@ -89,9 +76,18 @@ def _fit(records: Sequence[Preference], l2: float, min_count: int) -> BagOfWords
         return share @ np.logaddexp(0, -gap) + l2 / 2 * w @ w, x.T @ slope + l2 * w
 
     found = scipy.optimize.minimize(
-        loss, np.zeros(len(index)), jac=True, method='L-BFGS-B', options={'maxiter': 1000}
+        loss, np.zeros(len(column)), jac=True, method='L-BFGS-B', options={'maxiter': 1000}
     )
-    return BagOfWords(index, found.x, l2)
+    return BagOfWords(column, found.x, l2)
+
+
+def _accuracy(records: Sequence[Preference], scores: Sequence[np.ndarray]) -> float:
+    """The share of ranked pairs in the right order, a mean over records; a tie is half right."""
+    shares = []
+    for record, score in zip(records, scores, strict=True):
+        gaps = np.array([score[i] - score[j] for i, j in _pairs(record)])
+        shares.append(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
+    return float(np.mean(shares))
 
 
 def _pairs(record: Preference) -> list[tuple[int, int]]:
@@ -110,13 +106,13 @@ def _words(response: str | tuple) -> list[str]:
     return _TOKEN.findall(_text(response).lower())
 
 
-def _counts(records: Sequence[Preference], index: dict[str, int]) -> scipy.sparse.csr_matrix:
+def _counts(records: Sequence[Preference], column: dict[str, int]) -> scipy.sparse.csr_matrix:
     """Square roots of word counts, [candidates of all records, words]."""
     columns, values, ends = [], [], [0]
     for record in records:
         for answer in record.responses:
-            known = collections.Counter(w for w in _words(answer) if w in index)
-            columns += [index[word] for word in known]
+            known = collections.Counter(w for w in _words(answer) if w in column)
+            columns += [column[word] for word in known]
             values += [count**0.5 for count in known.values()]
             ends.append(len(columns))
-    return scipy.sparse.csr_matrix((values, columns, ends), (len(ends) - 1, len(index)), float)
+    return scipy.sparse.csr_matrix((values, columns, ends), (len(ends) - 1, len(column)), float)

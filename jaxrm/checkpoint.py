@@ -111,11 +111,13 @@ def resolve(path: str | os.PathLike, revision: str | None = None) -> Path:
         return folder
     if folder.exists() or not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)):
         raise ValueError(f"{path}: no such folder, expected one or a hub id like 'org/name'")
-    return Path(
-        huggingface_hub.snapshot_download(
+    try:
+        found = huggingface_hub.snapshot_download(
             str(path), revision=revision, allow_patterns=DOWNLOAD, ignore_patterns=NO_DOWNLOAD
         )
-    )
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path}: no such folder, and not from the hub: {error}') from error
+    return Path(found)
 
 
 def _config(folder: Path, found: Mapping[str, Any]) -> tuple[Any, Config]:

@@ -38,7 +38,7 @@ def score(
     Args:
         model: Folder or hub id of a reward model.
         data: .jsonl, .jsonl.gz, .json or .parquet file, or hub data set.
-        output: .jsonl file to write; it appears when everything is scored.
+        output: File to write, JSON Lines; it appears when everything is scored.
         dtype: Compute dtype; by default the one the model is stored in.
         max_length: Longest row in tokens; by default the model's own limit.
         truncate: Cut over-long prompts at the left instead of refusing them.
@@ -66,8 +66,8 @@ def score(
 
 def _check_output(path: Path, overwrite: bool) -> None:
     """What would only be found after the scoring."""
-    if path.suffix != '.jsonl':
-        raise ValueError(f'{path}: found suffix {path.suffix!r}, expected .jsonl')
+    if path.suffix in ('.gz', '.json', '.parquet'):
+        raise ValueError(f'{path}: found suffix {path.suffix!r}, but JSON Lines are written')
     if path.is_dir() or (path.exists() and not overwrite):
         raise ValueError(f'{path}: already there (--overwrite replaces a file)')
     if not path.parent.is_dir():

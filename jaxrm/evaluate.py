@@ -26,14 +26,16 @@ def candidate_scores(
     A batch has `packs` packs, a multiple of the mesh's data axes.
     """
     out = np.full(len(tokens.length), np.nan, np.float32)
-    place = sharding.batch_sharding(mesh)
     waiting = None
     for pack in (*packing.in_order(tokens, shape, packs), None):
         if waiting is not None:  # read one batch late, so that the device never waits
             index, found = waiting
             out[index[index >= 0]] = np.asarray(found).reshape(index.shape)[index >= 0]
         if pack is not None:
-            waiting = _candidate_index(tokens, pack), score(params, jax.device_put(pack, place))
+            waiting = (
+                _candidate_index(tokens, pack),
+                score(params, sharding.place_batch(pack, mesh)),
+            )
     return out
 
 

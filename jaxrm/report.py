@@ -65,9 +65,11 @@ def histogram(groups: Mapping[str, np.ndarray], path: Path, *, xlabel: str = 're
         if count < max(len(values), 1):
             raise ValueError(f'{name!r}: found {count} finite scores of {len(values)}')
     figure, (axis,) = _figure(1)
-    bins = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins=40)
+    whole = np.concatenate(list(groups.values()))
+    bins = np.histogram_bin_edges(whole, bins=int(np.clip(len(whole) / 8, 10, 40)))
     for name, values in groups.items():
         axis.hist(values, bins=bins, alpha=0.55, label=f'{name} (mean {values.mean():.2f})')
     axis.set(xlabel=xlabel, ylabel='answers')
-    axis.legend(frameon=False)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(groups))
     figure.savefig(path, dpi=120)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxrm import lora, tree
 from jaxrm.packing import Pack
@@ -43,8 +44,8 @@ class RewardModel:
         row = jax.vmap(lambda z, i: z.at[i].get(mode='promise_in_bounds'))
         answer_PBMD = row(z_PRTD[:, :, 1], pack.row_PBM)
         prompt_PBD = row(z_PRTD[:, :, 0], pack.row_PBM[:, :, 0])
-        merge = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        return Features(merge(answer_PBMD), merge(prompt_PBD))
+        answer_BMD = rearrange(answer_PBMD, 'p b m d -> (p b) m d')
+        return Features(answer_BMD, rearrange(prompt_PBD, 'p b d -> (p b) d'))
 
     def score(self, params: tree.Tree, pack: Pack, *, dropout=0.0, key=None) -> jax.Array:
         """score_BM, float32."""

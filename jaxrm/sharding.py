@@ -83,9 +83,12 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(jax.device_put, tree, shardings(tree, mesh))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Packs split over the data axes."""
-    return NamedSharding(mesh, PartitionSpec(RULES['packs']))
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch of host arrays with its packs split over the data axes."""
+    where = NamedSharding(mesh, PartitionSpec(RULES['packs']))
+    # device_put would have all processes compare their batches.
+    put = lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at])  # noqa: E731
+    return jax.tree.map(put, batch)
 
 
 def data_parallel(mesh: Mesh) -> int:

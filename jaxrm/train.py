@@ -267,13 +267,9 @@ def fit(
         donate_argnums=0,
         out_shardings=out,
     )
-    frozen, where = sharding.place(frozen, mesh), sharding.batch_sharding(mesh)
+    frozen = sharding.place(frozen, mesh)
     indices = range(int(state.step), steps)
-
-    def load(i):  # device_put would have all processes compare their batches
-        put = lambda x: jax.make_array_from_callback(x.shape, where, lambda at: x[at])  # noqa: E731
-        return jax.tree.map(put, batches(i))
-
+    load = lambda i: sharding.place_batch(batches(i), mesh)  # noqa: E731
     with closing(_prefetch(load, indices)) as loaded:  # ends its thread when a hook raises, too
         for done, batch in zip((i + 1 for i in indices), loaded, strict=True):
             state, metrics = update(state, frozen, batch, key)

@@ -16,12 +16,15 @@ from jaxrm import heads, packing, reward, sharding, train, tree
 from jaxrm.backbones import attention
 from jaxrm.backbones.layers import Config, Decoder
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(jax.default_backend() != 'gpu', reason='no NVIDIA GPU'),
-]
+pytestmark = pytest.mark.gpu
 C = Config(V=256, D=256, F=512, L=3, Q=4, K=2, H=64)
 SHAPE = packing.Shape(tokens=512, rows=((8, 64), (8, 128)), prompts=8, candidates=3)
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if jax.default_backend() != 'gpu':
+        pytest.skip('no NVIDIA GPU')
 
 
 def rows(P, R, S, Q, K, H, seed=0):
@@ -113,9 +116,7 @@ def test_a_training_step():
     tokens = plain.random_tokens([2, 3, 2, 2, 3] * 2, prompt=(8, 70), own=(4, 50), vocabulary=C.V)
     packs = packing.plan(tokens, SHAPE, order=np.arange(len(tokens.prompt)))
     count = -(-len(packs) // mesh.size) * mesh.size
-    pack = jax.device_put(
-        packing.fill(tokens, packs, SHAPE, count=count), sharding.batch_sharding(mesh)
-    )
+    pack = sharding.place_batch(packing.fill(tokens, packs, SHAPE, count=count), mesh)
     rm = model(attention.xla)
     trainable = {
         'backbone': rm.init_backbone(jax.random.key(1)),

@@ -274,7 +274,6 @@ def test_bytes_in_a_column(tmp_path, run):
         ('--data', 'nothing.jsonl', 'nothing.jsonl: no such file'),
         ('--output', 'no/where/out.jsonl', 'no/where is not a folder'),
         ('--output', 'there.jsonl', 'there.jsonl: already there (--overwrite replaces a file)'),
-        ('--output', 'out.json', "out.json: found suffix '.json', expected .jsonl"),
         ('--model', 'no-model', 'no-model: no such folder'),
         ('--model', str(GOLDENS / 'causal'), "architectures is ['LlamaForCausalLM'], 'reward' exp"),
         ('--model', str(GOLDENS / 'peft'), 'holds an adapter; load its base'),

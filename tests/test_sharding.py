@@ -135,6 +135,6 @@ def test_arrays_and_packs_land_where_the_table_says():
     np.testing.assert_array_equal(kernel, np.arange(64.0).reshape(8, 8))
     shape = packing.Shape(tokens=24, rows=((1, 8), (2, 16)), prompts=2, candidates=2)
     pack = packing.fill(plain.random_tokens([2]), [np.arange(1)], shape, count=4)
-    placed = jax.device_put(pack, sharding.batch_sharding(mesh))
+    placed = sharding.place_batch(pack, mesh)
     for x in jax.tree.leaves(placed):
         assert {s.data.shape for s in x.addressable_shards} == {(1, *x.shape[1:])}

@@ -146,7 +146,7 @@ def test_microbatches_keep_every_device_busy():
     tx = optax.sgd(0.1)
     state = train.start(parameters(), tx, mesh)
     pack = jax.tree.map(lambda x: np.concatenate([x, x]), batch())
-    pack = jax.device_put(pack, sharding.batch_sharding(mesh))
+    pack = sharding.place_batch(pack, mesh)
     run = functools.partial(train.step, objective=OBJECTIVE, tx=tx, microbatches=2)
     out = sharding.shardings(state, mesh), None
     lowered = jax.jit(run, out_shardings=out).lower(state, {}, pack, jax.random.key(0))
@@ -176,7 +176,7 @@ def real_gradients(mesh, parts=1):
     objective = train.preference(RM.score)
     run = functools.partial(train.gradients, objective, microbatches=parts)
     w = sharding.place(real_parameters(), mesh)
-    pack = jax.device_put(batch(), sharding.batch_sharding(mesh))
+    pack = sharding.place_batch(batch(), mesh)
     out = None, sharding.shardings(w, mesh)
     metrics, got = jax.jit(run, out_shardings=out)(w, {}, pack, jax.random.key(0))
     return jax.device_get((metrics, got))

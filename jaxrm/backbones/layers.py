@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxrm.backbones import attention as attn
 from jaxrm.packing import Pack
@@ -139,7 +140,7 @@ class Block(nn.Module):
         return self._residual(x_PRTD, o_PRTQH)
 
     def _heads(self, x, n):
-        return x.reshape(*x.shape[:-1], n, self.config.H)
+        return rearrange(x, '... (n h) -> ... n h', n=n)
 
     def _query(self, h, rope):
         # Scaled here, on the stream: rows are longer, and not every kernel takes a scale.
@@ -151,7 +152,7 @@ class Block(nn.Module):
         return rotate(k, *rope), v
 
     def _residual(self, x, o):
-        x += self.drop(self.o(o.reshape(*o.shape[:-2], -1)))
+        x += self.drop(self.o(rearrange(o, '... q h -> ... (q h)')))
         h = self.mlp_norm(x)
         return x + self.drop(self.down(nn.silu(self.gate(h)) * self.up(h)))
 

@@ -1,10 +1,12 @@
 """A small world of chat with known preferences: any size, any noise, no download.
 
 Prompts come from five categories. Each has named qualities that `gold` computes from the text
-alone, and its own weights on them: `facts` wants short and sober answers, `persona` long and polite
-ones, `arithmetic` and `ordering` want much the same. Most of what is worth something stands between
-prompt and answer (the fact that was asked, the role to play), so that words alone tell little.
-Candidates are good answers with flaws; `policy` shifts which flaws, how long, and in which phrases.
+alone, and its own weights on them: `facts` wants short and curt answers and `persona` long and
+warm ones, so that the two conflict; `arithmetic` and `ordering` get on. Much of a reward lies
+between prompt and answer (the fact that was asked, the role to play), out of reach of words counted
+in the answer; yet three prompts of four ask for what most ask for (digits, the past), so that
+counting words is worth something. Candidates are good answers with flaws; `policy` shifts which
+flaws, how long, and in which phrases.
 """
 
 import json
@@ -45,7 +47,7 @@ class Gold(NamedTuple):
 def gold(messages: Sequence[Message], response: str) -> Gold:
     """The true qualities and reward of a response, from text alone.
 
-    Raises ValueError on a prompt that is not of this world.
+    Raises ValueError on a prompt that is not of this world or a response that is not text.
     """
     category, task = _read(messages)
     return _judge(category, task, response)
@@ -99,7 +101,8 @@ def label(
     `sampled` draws a Plackett-Luce order of gold reward / temperature (for a pair, Bradley-Terry),
     `gold` orders by gold reward, the name of a quality by that quality, ties equal; `none` takes
     the ranks away. Then an order is turned round with probability `flips`. Responses are text, from
-    any policy.
+    any policy. Chance depends on the seed, the record's id (without one, its text) and the set of
+    responses, not on their order: labelling the result again with the same seed changes nothing.
     """
     if labels not in ('sampled', 'gold', 'none', *QUALITIES):
         raise ValueError(
@@ -151,8 +154,10 @@ def _categories(categories: Sequence[str] | None, quality: str | None) -> tuple[
     return names
 
 
-def _read(messages: Sequence[Message]) -> tuple[str, tuple]:
+def _read(messages: Sequence[Message] | str) -> tuple[str, tuple]:
     """The category and the task of a prompt."""
+    if isinstance(messages, str):
+        raise ValueError(f'messages: found the text {messages!r}, expected messages')
     said = '\n'.join(m['content'] for m in messages if m['role'] != 'assistant')
     for category, part in _WORLD.items():
         if (task := part.read(said)) is not None:
@@ -160,7 +165,9 @@ def _read(messages: Sequence[Message]) -> tuple[str, tuple]:
     raise ValueError(f'messages: found {said!r}, expected a prompt of the synthetic world')
 
 
-def _judge(category: str, task: tuple, response: str) -> Gold:
+def _judge(category: str, task: tuple, response: str | Sequence[Message]) -> Gold:
+    if not isinstance(response, str):
+        raise ValueError(f'response: found {response!r}, expected text')
     qualities, weights = _WORLD[category].judge(task, response), WEIGHTS[category]
     return Gold(category, qualities, sum(weights[name] * qualities[name] for name in weights))
 
@@ -211,8 +218,10 @@ def _label(
     record = record._replace(ratings=tuple(map(_ratings, worths)), group=category, ranks=None)
     if labels == 'none':
         return record
-    rng = random.Random(f'{seed} {record.id} labels')
-    noise = [-math.log(-math.log(rng.random())) for _ in worths]
+    texts = [str(response) for response in record.responses]
+    name = record.id or _hash(record.messages, sorted(texts))
+    rng = random.Random(f'{seed} {name} labels')
+    noise = {text: -math.log(-math.log(rng.random())) for text in sorted(texts)}
     if labels in QUALITIES:
         if labels not in CATEGORIES[category]:
             raise ValueError(f'labels: found {labels!r}, expected one of {CATEGORIES[category]}')
@@ -220,7 +229,7 @@ def _label(
     elif labels == 'gold':
         keys = [worth.reward for worth in worths]
     else:
-        keys = [w.reward / temperature + g for w, g in zip(worths, noise, strict=True)]
+        keys = [w.reward / temperature + noise[t] for w, t in zip(worths, texts, strict=True)]
     if rng.random() < flips:
         keys = [-key for key in keys]
     return _ranked(record, keys)
@@ -230,7 +239,6 @@ def _ranked(record: Preference, keys: Sequence[float]) -> Preference:
     """The record, candidates sorted by falling key."""
     order = sorted(range(len(keys)), key=lambda i: -keys[i])
     ranks = tuple(sum(keys[j] > keys[i] for j in order) for i in order)
-    responses, ratings = (
-        tuple(rows[i] for i in order) for rows in (record.responses, record.ratings)
-    )
+    responses = tuple(record.responses[i] for i in order)
+    ratings = record.ratings and tuple(record.ratings[i] for i in order)
     return record._replace(responses=responses, ratings=ratings, ranks=ranks)

@@ -32,6 +32,7 @@ TIMES = ('In the morning', 'After lunch', 'On Sunday', 'At the fair')
 _VALUE = {word: i for i, word in enumerate(NUMBERS)} | {str(i): i for i in range(100)}
 _START = re.compile(r'\b([A-Z][a-z]+) has (\w+) (\w+)\.')
 _STEP = re.compile(rf'\b({"|".join(GAINS + LOSSES)}) (\w+)')
+_NO_COUNT = re.compile(r'\bone must\b', re.I)  # a formal phrase
 _FORM = re.compile(r'Use (digits|words) for numbers')
 
 
@@ -111,7 +112,7 @@ def _near(rng: random.Random, number: int) -> int:
 
 def judge(task: Task, response: str) -> dict[str, float]:
     """Qualities: the last number, the story's numbers before it, and how numbers are written."""
-    said = [word for word in style.words(response) if word in _VALUE]
+    said = [word for word in style.words(_NO_COUNT.sub('', response)) if word in _VALUE]
     values = [_VALUE[word] for word in said]
     needed, found, rest = [task.start, *(n for _, n in task.steps)], 0, values[:-1]
     for number in needed:

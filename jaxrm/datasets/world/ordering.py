@@ -1,5 +1,6 @@
 """Putting a few things in order; the prompt says which way round and what goes between them."""
 
+import itertools
 import random
 import re
 from typing import NamedTuple
@@ -92,10 +93,10 @@ def answer(task: Task, writer: style.Writer) -> str:
 def judge(task: Task, response: str) -> dict[str, float]:
     """Qualities: pairs in the right order, the items and no others, what stands between them."""
     spots = {item: m.start() for item in task.scale if (m := re.search(rf'\b{item}\b', response))}
-    row = sorted(spots, key=spots.get)
+    row = sorted(spots, key=spots.__getitem__)
     places = [task.scale.index(item) for item in row if item in task.items]
     pairs = [(a, b) for i, a in enumerate(places) for b in places[i + 1 :]]
-    gaps = [response[spots[a] + len(a) : spots[b]] for a, b in zip(row, row[1:], strict=False)]
+    gaps = [response[spots[a] + len(a) : spots[b]] for a, b in itertools.pairwise(row)]
     return {
         'correctness': sum(a < b for a, b in pairs) / len(pairs) if pairs else 0.0,
         'completeness': len(places) / len({*task.items, *row}),

@@ -164,7 +164,7 @@ class Writer:
         return ' '.join(dict.fromkeys([*head, core, *middle, *tail]))
 
     def _register(self, register: str) -> tuple[list[str], list[str]]:
-        """Opening and closing phrases, at least one of them."""
+        """Opening and closing phrases: one, both, or none if the answer is flat."""
         flaws = self.flaws(REGISTER)
         if 'register' in flaws:
             register = other(self.rng, tuple(OPENERS), register)
