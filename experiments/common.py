@@ -144,7 +144,8 @@ def run(
     counts = stream.counts(steps)
     rate = train.schedule(c.learning_rate, steps, warmup=c.warmup_steps, kind=c.lr_scheduler_type)
     tx = train.adamw(rate, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm)
-    what = {**what, **identity(c), 'data': resume.digest(encoded), 'steps': steps}
+    what = {**what, **identity(c), 'steps': steps}
+    what |= {'data': resume.digest(encoded), 'start': resume.digest([trainable, frozen])}
     saved = c.output_dir / 'checkpoints'
     state = resume.restore(saved, train.start(trainable, tx, mesh), run=what)
     log = Log(

@@ -1,332 +1,707 @@
-"""The synthetic world: its text, its gold, its labels, and that it is neither trivial nor hopeless."""
+"""The synthetic world: qualities by hand, labels by formula, what baselines can and cannot do."""
 
 import collections
-import math
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
-from jaxrm import baselines
+from jaxrm import baselines, data
 from jaxrm.datasets import synthetic
+from jaxrm.datasets.world import arithmetic, facts, ordering, persona, rewrite, style
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = {
+    'arithmetic': arithmetic,
+    'ordering': ordering,
+    'facts': facts,
+    'persona': persona,
+    'rewrite': rewrite,
+}
+# Judged by comparing the answer with its prompt, and 1 for a good answer.
+CONTENT = {'arithmetic': 'correctness completeness format register',
+           'ordering': 'correctness completeness format',
+           'facts': 'correctness relevance register',
+           'persona': 'persona mood topic address',
+           'rewrite': 'tense fidelity format'}  # fmt: skip
 
 
-def ask(content, *, system=None):
-    messages = () if system is None else ({'role': 'system', 'content': system},)
-    return (*messages, {'role': 'user', 'content': content})
+@pytest.fixture(scope='module')
+def train():
+    return synthetic.preferences(8000, seed=0)
 
 
-def gold_scores(records):
-    return [np.array([synthetic.gold(r.messages, a).reward for a in r.responses]) for r in records]
+@pytest.fixture(scope='module')
+def test():
+    return synthetic.preferences(4000, seed=0, split='test')
 
 
-def column(records, quality):
-    return np.array([row[synthetic.QUALITIES.index(quality)] for r in records for row in r.ratings])
+@pytest.fixture(scope='module')
+def shifted():
+    """The same prompts as `test`, answered by another policy."""
+    return synthetic.preferences(1000, seed=0, split='test', policy=1.0)
 
 
-SUM = ask(
-    'Well hey, mate, quick one, okay? Nina has 7 plums. After lunch Nina finds 3. On Sunday Nina'
-    ' sells 4. How many plums does Nina have now? Use digits for numbers. Big cheers, mate!'
+def rewards(record):
+    """[M] gold rewards from the columns of the record."""
+    weights = synthetic.WEIGHTS[record.group]
+    columns = [synthetic.QUALITIES.index(name) for name in weights]
+    return np.array(record.ratings)[:, columns] @ list(weights.values())
+
+
+def accuracy(records, scores):
+    """A tied score is half right."""
+    gaps = np.array([s[0] - s[1] for s in scores])
+    assert all(record.ranks == (0, 1) for record in records)
+    return float(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
+
+
+def prompt(record):
+    return '\n'.join(f'{m["role"]}: {m["content"]}' for m in record.messages)
+
+
+def good(category, n, seed=0):
+    """Task, messages and good answer of n prompts."""
+    for turns in synthetic.text(n, seed=seed, categories=[category]):
+        *messages, answer = turns
+        said = '\n'.join(m['content'] for m in messages if m['role'] != 'assistant')
+        yield WORLD[category].read(said), tuple(messages), answer['content']
+
+
+def user(*contents):
+    roles = itertools.cycle(('user', 'assistant'))
+    return tuple({'role': r, 'content': c} for r, c in zip(roles, contents, strict=False))
+
+
+# Drawing
+
+
+def test_texts_do_not_change():
+    """Numbers that were published hold for these texts and labels."""
+    found = data.fingerprint(synthetic.preferences(300, seed=0))
+    assert found == '1f87be2bb0c107c566b1c7bf3667ab459fa08b00f420bd7bdde3895d50a990b9'
+
+
+def test_deterministic_whatever_the_hash_seed():
+    code = (
+        'from jaxrm.datasets import synthetic as s; import zlib; print(zlib.crc32(repr('
+        '(s.preferences(60, seed=5, candidates=3, policy=0.5), s.text(60, seed=5, remarks=0.5))'
+        ').encode()))'
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True, text=True,
+            env=os.environ | {'PYTHONHASHSEED': seed},
+        ).stdout
+        for seed in ('1', '2')
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+def test_first_records_do_not_depend_on_how_many():
+    options = {'seed': 2, 'candidates': 3, 'flips': 0.2}
+    long = synthetic.preferences(50, **options)
+    np.testing.assert_equal(synthetic.preferences(20, **options), long[:20])
+    assert synthetic.text(5, seed=2) == synthetic.text(9, seed=2)[:5]
+    assert prompt(synthetic.preferences(1, seed=3)[0]) != prompt(long[0])
+
+
+def test_load_is_the_default():
+    found = synthetic.load('validation')
+    assert len(found) == synthetic.SIZES['validation'] == 1000
+    np.testing.assert_equal(found[:30], synthetic.preferences(30, seed=0, split='validation'))
+
+
+def test_records(train):
+    assert len({r.id for r in train}) == len(train)
+    counts = collections.Counter(r.group for r in train)
+    assert set(counts) == set(synthetic.CATEGORIES)
+    assert min(counts.values()) > 0.18 * len(train)
+    for record in train[:2000]:
+        assert record.messages[-1]['role'] == 'user'
+        assert record.ranks == (0, 1)
+        assert len(set(record.responses)) == 2
+
+
+def test_splits_share_no_prompt(train, test):
+    others = [synthetic.preferences(1500, seed=s, split='validation') for s in (0, 1)]
+    seen = [
+        {prompt(r) for r in train},
+        {prompt(r) for r in test},
+        {prompt(r) for rs in others for r in rs},
+        {
+            prompt(data.Preference(t[:-1], (t[-1]['content'],)))
+            for t in synthetic.text(4000, seed=0)
+        },
+    ]
+    for one, two in itertools.combinations(seen, 2):
+        assert not one & two
+    tenths = collections.Counter(
+        synthetic._SPLIT_OF[synthetic._hash(WORLD['facts'].ask(rng)) % 10]
+        for rng in map(random.Random, range(4000))
+    )
+    for split, tenth in synthetic.SPLITS.items():
+        assert tenths[split] / 4000 == pytest.approx(tenth / 10, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ('category', 'least'),
+    [
+        ('arithmetic', 1e6),
+        ('ordering', 1e5),
+        ('facts', 1e6),
+        ('persona', 2e4),  # of 138240, some far likelier than others
+        ('rewrite', 5e5),
+    ],
 )
-ROW = ask(
-    'Dear sir, kindly assist me herewith. Put these animals in a row: goat -> ant -> lion. Start'
-    ' with the smallest and climb up to the largest, and keep the arrows. With due respect, sir.'
+def test_many_prompts(category, least):
+    """The chance that two prompts are equal is under 1 in `least`, from equal ones among 20000."""
+    rng = random.Random(0)
+    n = 20000
+    counts = collections.Counter(
+        tuple(m['content'] for m in WORLD[category].ask(rng)) for _ in range(n)
+    )
+    equal = sum(c * (c - 1) / 2 for c in counts.values())
+    found = n * (n - 1) / 2 / max(1, equal)
+    print(f'{category}: two prompts are equal once in {found:.0f} ({len(counts)} of {n} differ)')
+    assert found > least
+
+
+def test_every_prompt_is_read():
+    for category, part in WORLD.items():
+        for seed in range(500):
+            messages = part.ask(random.Random(seed))
+            said = '\n'.join(m['content'] for m in messages if m['role'] != 'assistant')
+            assert [c for c, p in WORLD.items() if p.read(said)] == [category]
+
+
+# Judging
+
+SUM = user(
+    'Hey mate, quick one! Mira has 5 coins. In the morning Mira buys 4. After lunch Mira sells 2. '
+    'How many coins does Mira have now? Use digits for numbers. Ta, dude, talk soon!'
 )
-NOTE = ask(
-    'Dear madam, kindly advise me herewith. Ada lives in Oslo, plays the harp and keeps a duck. Leo'
-    ' lives in Lima, plays the cello and keeps a goat. Which animal does Leo keep as a pet? With'
-    ' due respect, madam.'
+ROW = user(
+    'Good evening, may I trouble you briefly. Put these days in a row: Friday / Monday / Sunday / '
+    'Tuesday. Start with the latest and go down to the earliest, and keep the slashes. I await '
+    'your reply.'
 )
-TALK = ask(
-    'Let us play. My dog is ill, and I sigh and weep in sorrow. My name is Ruth. Tell me about a'
-    ' kite, and sound gloomy.',
-    system='You are a pirate who shouts arr and ahoy to every matey on deck.',
+NOTE = user(
+    'Tom lives in Lima, plays the harp and keeps a goat. Nina lives in Oslo, plays the drums and '
+    'keeps a duck.',
+    'I have read it.',
+    'Dear Sir or Madam, I require assistance. What pet does Nina keep? I want to build that animal '
+    'a bed. I await your reply.',
 )
-LINE = ask(
-    'My editor wants a change. The brave sailor hides the rope and takes the oar on the beach. Put'
-    ' it into the past, as if it happened long ago. Begin with the word "Once".'
+ROLE = (
+    {'role': 'system', 'content': 'You are a pirate captain who sails the wild sea for gold.'},
+    *user(
+        'Hooray, the holidays start and I got a gift! My name is Leo. Tell me about a kite, and '
+        'sound cheerful.'
+    ),
 )
-BY_HAND = [
-    (SUM, 'The answer is 6.', {'correctness': 1, 'completeness': 0, 'format': 1, 'register': 0.5}),
-    (SUM, 'The answer is seven.', {'correctness': 0, 'format': 0, 'verbosity': 4 / 50}),
+LINE = user(
+    'My editor wants a change. The quiet queen carries the crown and hides the sword in the hall. '
+    'Put it into the future, as a plan still to come. Begin with the word "Soon".'
+)
+BY_HAND = [  # prompt, response, qualities in the order of the category, words
     (
         SUM,
-        'Hey, mate! Nina has 7, finds 3, which makes 10, sells 4, which makes 6. It is six.',
-        {'correctness': 1, 'completeness': 1, 'format': 5 / 6, 'register': 1, 'politeness': 0.5},
-    ),
-    (SUM, 'What a silly question, sir.', {'correctness': 0, 'register': 0, 'politeness': 0}),
-    (ROW, 'ant -> goat -> lion.', {'correctness': 1, 'completeness': 1, 'format': 1}),
-    (ROW, 'lion -> goat -> ant.', {'correctness': 0, 'completeness': 1, 'format': 1}),
-    (ROW, 'goat, ant, lion.', {'correctness': 2 / 3, 'format': 0, 'confidence': 1}),
-    (ROW, 'ant -> lion. I guess.', {'correctness': 1, 'completeness': 2 / 3, 'confidence': 0}),
-    (ROW, 'ant -> cat -> goat -> lion', {'correctness': 1, 'completeness': 3 / 4}),
-    (NOTE, 'Leo keeps a goat.', {'correctness': 1, 'relevance': 1, 'confidence': 1}),
-    (NOTE, 'Leo keeps a duck, perhaps.', {'correctness': 0, 'relevance': 1, 'confidence': 0}),
-    (NOTE, 'Leo keeps a pony.', {'correctness': 0, 'relevance': 1}),
-    (NOTE, 'Leo lives in Lima.', {'correctness': 0, 'relevance': 0, 'register': 0.5}),
-    (NOTE, 'Leo keeps a goat in Lima.', {'correctness': 0.5, 'relevance': 0.5}),
-    (
-        TALK,
-        'Ahoy, Ruth! A kite on deck makes me weep.',
-        {'persona': 1, 'mood': 1, 'topic': 1, 'address': 1, 'verbosity': 9 / 50},
+        'Mira has 5 coins, buys 4, which makes 9, then sells 2, which makes 7. '
+        'The answer is 7 coins.',
+        (1, 1, 1, 0.5, 0.5),
+        20,
     ),
     (
-        TALK,
-        'Arr, Tom, my circuits dance with a hat.',
-        {'persona': 0.5, 'mood': 0, 'topic': 0, 'address': 0},
+        SUM,
+        'Easy peasy, pal! The answer is eight coins. Thank you for asking.',
+        (0, 0, 0, 1, 1),
+        12,
+    ),
+    (SUM, 'Certainly, 5 and two makes 7. What a silly question.', (1, 2 / 3, 2 / 3, 0, 0), 10),
+    (SUM, 'Who knows?', (0, 0, 0, 0.5, 0.5), 2),
+    (ROW, 'Going down: Sunday / Friday / Tuesday / Monday.', (1, 1, 1, 1, 0.5), 9),
+    (
+        ROW,
+        'Going down: Sunday, Monday, Friday, Saturday. That is my guess.',
+        (2 / 3, 3 / 5, 0, 0, 0.5),
+        10,
+    ),
+    (
+        ROW,
+        'Monday / Tuesday / Friday -> Sunday. Leave me alone, fool.',
+        (0, 1, 2 / 3, 1, 0),
+        11,
+    ),
+    (ROW, 'Thanks.', (0, 0, 0, 1, 1), 1),
+    (NOTE, 'Nina feeds and keeps a duck.', (1, 1, 0.5, 1, 0.5), 6),
+    (
+        NOTE,
+        'Nina keeps a goat and plays the drums. What a silly question.',
+        (0, 0.5, 0.5, 1, 0),
+        12,
+    ),
+    (
+        NOTE,
+        'Certainly, Nina keeps a duck in Oslo, buddy. Perhaps.',
+        (0.5, 0.5, 0.5, 0, 0.5),
+        9,
+    ),
+    (NOTE, 'I shall gladly report. A parrot.', (0, 1, 1, 1, 0.5), 6),
+    (
+        ROLE,
+        'Arr, Leo! There be a kite on me deck, matey. What a joy. I hope it helps.',
+        (1, 1, 1, 1, 1),
+        17,
+    ),
+    (
+        ROLE,
+        'Beep, Ada, ahoy! A kite and a map, I weep with joy and sorrow.',
+        (0.5, 1 / 3, 0.5, 0, 0.5),
+        14,
+    ),
+    (ROLE, 'Leo, what a waste of time, Tom.', (0, 0, 0, 0.5, 0), 7),
+    (
+        LINE,
+        'Soon, the quiet queen will carry the crown and hide the sword in the hall.',
+        (1, 1, 1, 1, 0.5),
+        15,
     ),
     (
         LINE,
-        'Once, the brave sailor hid the rope and took the oar on the beach.',
-        {'tense': 1, 'fidelity': 1, 'format': 1, 'directness': 1, 'politeness': 0.5},
+        'Thank you. Yesterday, the quiet queen carried the crown and hid the banner.',
+        (0, 3 / 5, 0, 2 / 3, 1),
+        13,
     ),
     (
         LINE,
-        'Soon, the brave sailor will hide the net and take the oar. I am happy to help.',
-        {'tense': 0, 'fidelity': 3 / 5, 'format': 0, 'directness': 2 / 3, 'politeness': 1},
+        'Well. So. Yes. Soon, the proud queen will hide the sword and carry the crown. How '
+        'tiresome.',
+        (1, 3 / 5, 1, 0, 0),
+        17,
     ),
 ]
 
 
-@pytest.mark.parametrize('messages, response, expected', BY_HAND, ids=lambda x: str(x)[:20])
-def test_qualities_are_those_a_reader_would_give(messages, response, expected):
+@pytest.mark.parametrize(('messages', 'response', 'want', 'words'), BY_HAND)
+def test_qualities_by_hand(messages, response, want, words):
     found = synthetic.gold(messages, response)
-    assert {name: found.qualities[name] for name in expected} == pytest.approx(expected)
+    names = synthetic.CATEGORIES[found.category]
+    assert names[-1] == 'verbosity'
+    want = dict(zip(names, (*want, words / 50), strict=True))
+    assert found.qualities == pytest.approx(want)
     weights = synthetic.WEIGHTS[found.category]
-    assert found.reward == pytest.approx(sum(weights[q] * v for q, v in found.qualities.items()))
+    assert found.reward == pytest.approx(sum(weights[n] * want[n] for n in names))
 
 
-@pytest.mark.parametrize('content', ['', 'How many plums does Nina have now?', 'Tell me a joke.'])
-def test_gold_refuses_prompts_of_another_world(content):
-    with pytest.raises(ValueError, match='messages: found'):
-        synthetic.gold(ask(content), 'The answer is 6.')
+def test_verbosity_has_an_end():
+    assert synthetic.gold(NOTE, 'duck ' * 49).qualities['verbosity'] == 0.98
+    assert synthetic.gold(NOTE, 'duck ' * 70).qualities['verbosity'] == 1
 
 
-@pytest.mark.parametrize('response', ['', '???', '\n', 'Да. 好的。', '99999999999999 ' * 50])
-@pytest.mark.parametrize('messages', [SUM, ROW, NOTE, TALK, LINE])
-def test_gold_takes_any_response(messages, response):
-    assert all(0 <= v <= 1 for v in synthetic.gold(messages, response).qualities.values())
-
-
-def test_gold_does_not_read_earlier_answers():
-    noted = {'role': 'assistant', 'content': 'Tom has two pears.'}
-    assert synthetic.gold((noted, *SUM), 'It is 6.') == synthetic.gold(SUM, 'It is 6.')
-
-
-def test_the_same_seed_gives_the_same_world_and_a_prefix():
-    records = synthetic.preferences(60, seed=3)
-    assert records == synthetic.preferences(60, seed=3)
-    assert records[:20] == synthetic.preferences(20, seed=3)
-    assert records != synthetic.preferences(60, seed=4)
-    assert len({record.id for record in records}) == 60
-    assert synthetic.text(20, seed=3) == synthetic.text(40, seed=3)[:20]
-
-
-def test_splits_never_share_a_prompt():
-    seen = {
-        split: {str(r.messages) for r in synthetic.preferences(1500, seed=0, split=split)}
-        for split in ('train', 'validation', 'test')
-    }
-    seen['pretrain'] = {str(talk[:-1]) for talk in synthetic.text(1500, seed=0)}
-    assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
-
-
-@pytest.mark.parametrize('category', synthetic.CATEGORIES)
-def test_there_are_many_prompts(category):
-    n = 2000
-    records = synthetic.preferences(n, seed=0, categories=[category], labels='none', candidates=1)
-    repeats = n - len({str(record.messages) for record in records})
-    assert repeats <= 3 * n**2 / 2 / 1e5 * 10 / 4  # train holds four tenths; prompts are not uniform
-
-
-@pytest.mark.parametrize('policy', [0.0, 0.6, 1.0])
-def test_ratings_are_the_qualities_of_the_text(policy):
-    for record in synthetic.preferences(150, seed=1, policy=policy, candidates=3):
-        assert len(set(record.responses)) == 3
+def test_ratings_are_the_gold_of_the_text(train, shifted):
+    for record in (*train[:600], *shifted[:200]):
         for response, row in zip(record.responses, record.ratings, strict=True):
             worth = synthetic.gold(record.messages, response)
             assert worth.category == record.group
-            for name, value in zip(synthetic.QUALITIES, row, strict=True):
-                if name in synthetic.CATEGORIES[record.group]:
-                    assert value == worth.qualities[name] and 0 <= value <= 1
-                else:
-                    assert math.isnan(value)
+            want = [worth.qualities.get(name, np.nan) for name in synthetic.QUALITIES]
+            np.testing.assert_array_equal(row, want)
+            have = {n for n, v in zip(synthetic.QUALITIES, row, strict=True) if not np.isnan(v)}
+            assert have == set(synthetic.CATEGORIES[record.group])
+            assert all(0 <= v <= 1 for v in worth.qualities.values())
 
 
-def test_labels_share_their_texts():
-    def texts(labels):
-        records = synthetic.preferences(80, seed=5, candidates=4, labels=labels)
-        return [(r.messages, sorted(r.responses), r.id) for r in records]
-
-    assert texts('none') == texts('gold') == texts('sampled')
-    assert all(r.ranks is None for r in synthetic.preferences(5, seed=5, labels='none'))
-
-
-def test_gold_labels_are_the_order_of_reward():
-    for record in synthetic.preferences(100, seed=6, candidates=4, labels='gold'):
-        rewards = [synthetic.gold(record.messages, a).reward for a in record.responses]
-        expected = tuple(sum(other > reward for other in rewards) for reward in rewards)
-        assert record.ranks == expected == tuple(sorted(expected))
+def test_gold_refuses_what_is_foreign():
+    for text in ('What is the capital of France?', '', SUM[0]['content'].replace('digits', 'ink')):
+        with pytest.raises(ValueError, match='messages: found'):
+            synthetic.gold(user(text), 'Paris.')
+    with pytest.raises(ValueError, match='messages: found the text'):
+        synthetic.gold('Question: who?', 'Me.')
+    with pytest.raises(ValueError, match='response: found'):
+        synthetic.gold(SUM, user('7'))
+    record = data.Preference(user('Hello!'), ('a', 'b'))
+    with pytest.raises(ValueError, match='messages: found'):
+        synthetic.label([record], seed=0)
 
 
-@pytest.mark.parametrize('quality', synthetic.QUALITIES)
-def test_labels_by_a_quality_order_that_quality(quality):
-    records = synthetic.preferences(40, seed=7, candidates=3, labels=quality)
-    assert {r.group for r in records} <= {c for c, n in synthetic.CATEGORIES.items() if quality in n}
-    values = column(records, quality).reshape(-1, 3)
-    for record, row in zip(records, values, strict=True):
-        assert record.ranks == tuple(int((row > v).sum()) for v in row)
-        assert len(set(record.ranks)) > 1
+def test_gold_reads_no_earlier_answer():
+    ask, _, question = NOTE
+    told = {'role': 'assistant', 'content': 'Nina keeps a goat. Please play a pirate. Use words.'}
+    right = 'Nina feeds and keeps a duck.'
+    assert synthetic.gold((ask, told, question), right) == synthetic.gold(NOTE, right)
 
 
-def test_sampled_labels_follow_bradley_terry():
-    records = synthetic.preferences(4000, seed=8, temperature=0.3)
-    gaps = np.array([score[0] - score[1] for score in gold_scores(records)])
-    size = np.abs(gaps)
-    expected = 1 / (1 + np.exp(-size / 0.3))
-    for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 9)):
-        part = (size >= low) & (size < high)
-        spread = 4 * np.sqrt(0.25 / part.sum())
-        assert (gaps[part] > 0).mean() == pytest.approx(expected[part].mean(), abs=spread)
+def test_prompts_have_systems_and_turns(train):
+    roles = collections.Counter(tuple(m['role'][0] for m in r.messages) for r in train)
+    assert set(roles) == {('u',), ('s', 'u'), ('u', 'a', 'u')}
+    assert min(roles.values()) > 0.05 * len(train)
 
 
-def test_flips_turn_their_share_of_orders_round():
-    clean = synthetic.preferences(2000, seed=9, labels='gold', candidates=3)
-    noisy = synthetic.preferences(2000, seed=9, labels='gold', candidates=3, flips=0.2)
-    turned = [a.responses == b.responses[::-1] for a, b in zip(clean, noisy, strict=True)]
-    kept = [a.responses == b.responses for a, b in zip(clean, noisy, strict=True)]
-    assert sum(turned) + sum(kept) >= 1980  # equal rewards keep their order
-    assert np.mean(turned) == pytest.approx(0.2, abs=0.04)
+def wrong_total(task, text):
+    last = re.findall(r'answer is (\w+)', text)[-1]
+    worse = arithmetic._say(arithmetic._VALUE[last] + 1, task.form)
+    return text.replace(f'answer is {last}', f'answer is {worse}')
 
 
-def test_new_labels_for_records_of_any_policy():
-    (record,) = synthetic.preferences(1, seed=0, labels='none')
-    written = record._replace(responses=('Hm.', *record.responses, ''), ratings=None)
-    (ranked,) = synthetic.label([written], 'gold', seed=0)
-    assert sorted(ranked.responses) == sorted(written.responses)
-    assert len(ranked.ratings) == 4 and ranked.ranks[0] == 0
+def other_numbers(task, text):
+    form = {'digits': 'words', 'words': 'digits'}[task.form]
+
+    def change(found):
+        value = arithmetic._VALUE.get(found[0])
+        return found[0] if value is None else arithmetic._say(value, form)
+
+    return re.sub(r'\w+', change, text)
 
 
-def test_wrong_arguments_are_named():
-    for options, name in (
-        ({'split': 'dev'}, 'split'),
-        ({'labels': 'charm'}, 'labels'),
-        ({'policy': 1.5}, 'policy'),
-        ({'flips': -0.1}, 'flips'),
-        ({'temperature': 0}, 'temperature'),
-        ({'candidates': 0}, 'candidates'),
-        ({'categories': ['poetry']}, 'categories'),
-        ({'categories': ['facts'], 'labels': 'mood'}, 'categories'),
-    ):
-        with pytest.raises(ValueError, match=name):
-            synthetic.preferences(1, seed=0, **options)
-    with pytest.raises(ValueError, match='split'):
-        synthetic.load('pretrain')
+def row(edit):
+    """An edit of the row of items."""
+
+    def corrupt(task, text):
+        between = ordering.FORMS[task.form]
+        right = sorted(task.items, key=task.scale.index)
+        assert between.join(right) in text
+        return text.replace(between.join(right), edit(right, between, task))
+
+    return corrupt
+
+
+def voice(task, text):
+    """Another character's words after the answer."""
+    return f'{text} Beep, sensors.' if task.role != 'robot' else f'{text} By my wand!'
+
+
+CORRUPTIONS = {  # quality lowered, how
+    'arithmetic': [
+        ('correctness', wrong_total),
+        ('completeness', lambda task, text: re.sub(r'\w+ has .*?\. The', 'The', text)),
+        ('format', other_numbers),
+        ('register', lambda task, text: f'{text} Thus it is.' if task.register == 'casual'
+         else f'{text} Boom, all done, pal!'),
+        ('politeness', lambda task, text: f'{text} What a waste of time. Do not bother me again.'),
+    ],
+    'ordering': [
+        ('correctness', row(lambda items, b, task: b.join(items[::-1]))),
+        ('correctness', row(lambda items, b, task: b.join([items[1], items[0], *items[2:]]))),
+        ('completeness', row(lambda items, b, task: b.join(items[1:]))),
+        ('completeness', row(lambda items, b, task: b.join(
+            [*items, next(i for i in task.scale if i not in items)]))),
+        ('format', row(lambda items, b, task: ' and '.join(items))),
+        ('politeness', lambda task, text: f'{text} You silly fool!'),
+    ],
+    'facts': [
+        ('correctness', lambda task, text: text.replace(
+            task.note[task.name][task.kind], next(n[task.kind] for w, n in task.note.items()
+                                                  if w != task.name))),
+        ('relevance', lambda task, text: f'{text} Also {next(
+            v for k, v in task.note[task.name].items() if k != task.kind)}.'),
+        ('register', lambda task, text: f'{text} Thus it is.' if task.register == 'casual'
+         else f'{text} Boom, all done, pal!'),
+        ('politeness', lambda task, text: f'{text} How tiresome, silly fool.'),
+    ],
+    'persona': [
+        ('persona', voice),
+        ('mood', lambda task, text: f'{text} Alas, tears.' if task.mood == 'cheerful'
+         else f'{text} Joy and delight!'),
+        ('topic', lambda task, text: text.replace(f'{task.topic}', 'thing')),
+        ('topic', lambda task, text: f'{text} See the {
+            "teapot" if task.topic != "teapot" else "boat"}.'),
+        ('address', lambda task, text: text.replace(task.name, 'friend')),
+        ('politeness', lambda task, text: f'{text} How tiresome, silly fool.'),
+    ],
+    'rewrite': [
+        ('tense', lambda task, text: text.replace('will ', '') if task.tense == 'future'
+         else text.replace(rewrite.VERBS[task.verbs[0]][0], task.verbs[0])),
+        ('fidelity', lambda task, text: text.replace(task.objects[0], 'thing')),
+        ('fidelity', lambda task, text: text.replace(task.subject, 'person')),
+        ('format', lambda task, text: text.replace(f'{task.word}, the', 'The')),
+        ('directness', lambda task, text: f'{text} There. Done. That was it.'),
+        ('politeness', lambda task, text: f'{text} How tiresome, silly fool.'),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('category', CORRUPTIONS)
+def test_corruption_lowers_the_quality(category):
+    names = synthetic.CATEGORIES[category]
+    seen = collections.Counter()
+    for task, messages, text in good(category, 40):
+        before = synthetic.gold(messages, text).qualities
+        for quality, corrupt in CORRUPTIONS[category]:
+            after = synthetic.gold(messages, corrupt(task, text)).qualities
+            if before[quality] > 0:
+                assert after[quality] < before[quality], (quality, text, corrupt(task, text))
+                seen[quality] += 1
+        doubted = synthetic.gold(messages, f'{text} I could be wrong.').qualities
+        assert 'confidence' not in names or doubted['confidence'] == 0
+        longer = synthetic.gold(messages, f'{text} {style.FILLERS[0][0]}').qualities
+        assert longer['verbosity'] > before['verbosity'] or before['verbosity'] == 1
+    assert set(seen) == set(names) - {'confidence', 'verbosity'}
+    assert min(seen.values()) >= 20
+
+
+POOLS = {  # phrases (of training, of a shifted policy), and the quality that they touch
+    style.POLITE: 'politeness',
+    style.RUDE: 'politeness',
+    style.DOUBTS: 'confidence',
+    style.FILLERS: None,
+    **dict.fromkeys((*style.OPENERS.values(), *style.CLOSERS.values()), 'register'),
+}
+
+
+@pytest.mark.parametrize('category', WORLD)
+def test_phrases_touch_their_quality_alone(category):
+    for _, messages, text in good(category, 4, seed=1):
+        before = synthetic.gold(messages, text).qualities
+        for pool, quality in POOLS.items():
+            for phrase in (*pool[0], *pool[1]):
+                for dressed in (f'{phrase} {text}', f'{text} {phrase}'):
+                    after = synthetic.gold(messages, dressed).qualities
+                    changed = {name for name in before if before[name] != after[name]}
+                    assert changed <= {quality, 'verbosity', 'directness'}, dressed
+
+
+# Labels
+
+
+def test_labels_by_gold_and_by_quality():
+    for record in synthetic.preferences(150, seed=1, labels='gold', candidates=3):
+        assert record.ranks == tuple(sorted(record.ranks))
+        found = rewards(record)
+        assert (np.diff(found) <= 1e-12).all()
+    for quality in synthetic.QUALITIES:
+        column = synthetic.QUALITIES.index(quality)
+        for record in synthetic.preferences(20, seed=1, labels=quality, candidates=3):
+            assert quality in synthetic.CATEGORIES[record.group]
+            values = [row[column] for row in record.ratings]
+            want = [sum(v > w for v in values) for w in values]
+            assert list(record.ranks) == want
+            assert len(set(values)) > 1
+    names = {r.group for r in synthetic.preferences(50, seed=0, labels='confidence')}
+    assert names == {'ordering', 'facts'}
+
+
+def test_no_labels():
+    plain = synthetic.preferences(30, seed=0, labels='none')
+    assert all(r.ranks is None and r.ratings and r.group for r in plain)
+    again = synthetic.label(plain, seed=0)
+    np.testing.assert_equal(again, synthetic.preferences(30, seed=0))
+
+
+def test_labelling_again_changes_nothing(test):
+    """Not the order in which the responses come, nor what they were ranked by, matters."""
+    np.testing.assert_equal(synthetic.label(test[:300], seed=0), test[:300])
+    turned = [r._replace(responses=r.responses[::-1], ranks=None, ratings=None) for r in test[:300]]
+    np.testing.assert_equal(synthetic.label(turned, seed=0), test[:300])
+    other = synthetic.label(test, seed=1)
+    same = np.mean([a.responses == b.responses for a, b in zip(test, other, strict=True)])
+    p = scipy.special.expit([abs(np.ptp(rewards(r))) / synthetic.TEMPERATURE for r in test])
+    assert same == pytest.approx(np.mean(p**2 + (1 - p) ** 2), abs=0.03)
+
+
+def test_records_without_id_have_chances_of_their_own(test):
+    found = synthetic.label([r._replace(id=None) for r in test[:1500]], seed=0, temperature=1e6)
+    first = np.mean([a.responses == b.responses for a, b in zip(found, test, strict=False)])
+    assert first == pytest.approx(0.5, abs=0.05)
+
+
+def test_temperature_to_zero_is_gold():
+    cold = synthetic.preferences(300, seed=0, candidates=3, temperature=1e-9)
+    gold = synthetic.preferences(300, seed=0, candidates=3, labels='gold')
+    for a, b in zip(cold, gold, strict=True):
+        np.testing.assert_allclose(rewards(a), rewards(b), rtol=0, atol=1e-12)
+
+
+def test_flips_turn_orders_round(test):
+    def agreement(**options):
+        labelled = synthetic.label(test, seed=0, **options)
+        return accuracy(labelled, [rewards(r) for r in labelled])
+
+    best = accuracy(test, [rewards(r) for r in test])
+    for p in (0.1, 0.3, 0.5, 1.0):
+        want = 0.5 + (1 - 2 * p) * (best - 0.5)
+        assert agreement(flips=p) == pytest.approx(want, abs=0.025)
+    three = synthetic.preferences(300, seed=0, candidates=3)
+    flipped = synthetic.label(three, seed=0, flips=1.0)
+    assert [r.responses[::-1] for r in flipped] == [r.responses for r in three]
+
+
+def test_sampled_orders_are_plackett_luce():
+    """Pair marginals follow sigmoid(gap / T), the first place a softmax."""
+    records = synthetic.preferences(5000, seed=7, candidates=4)
+    p, won, first, share = [], [], [], []
+    for record in records:
+        key = rewards(record) / synthetic.TEMPERATURE
+        shuffle = sorted(range(4), key=lambda i: record.responses[i])
+        for i, j in itertools.combinations(shuffle, 2):
+            p.append(scipy.special.expit(key[i] - key[j]))
+            won.append(record.ranks[i] < record.ranks[j])
+        share += list(scipy.special.softmax(key))
+        first += [rank == 0 for rank in record.ranks]
+    assert len(p) == 30000
+    for chance, happened in ((p, won), (share, first)):
+        chance, happened = np.array(chance), np.array(happened)
+        for part in np.array_split(np.argsort(chance), 20):
+            spread = np.sqrt(np.sum(chance[part] * (1 - chance[part])))
+            assert abs(np.sum(happened[part] - chance[part])) < 4.5 * max(spread, 1)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'split': 'dev'},
+        {'labels': 'best'},
+        {'categories': ['poems']},
+        {'categories': ['facts'], 'labels': 'tense'},
+        {'categories': []},
+        {'temperature': 0.0},
+        {'flips': 1.5},
+        {'policy': -0.1},
+        {'candidates': 0},
+    ],
+)
+def test_refused(options):
+    with pytest.raises(ValueError, match=next(reversed(options)) if len(options) == 1 else 'tense'):
+        synthetic.preferences(1, seed=0, **options)
+    with pytest.raises(ValueError, match="split: found 'dev'"):
+        synthetic.load('dev')
+    with pytest.raises(ValueError, match="labels: found 'tense'"):
+        synthetic.label([data.Preference(NOTE, ('a', 'b'))], 'tense', seed=0)
+
+
+# What the world is like
+
+
+def test_world(train, test):
+    """Gold is reachable but noisy; length tells nothing, words of the answer a part."""
+    words = baselines.bag_of_words(train, l2=1e-2)
+    scores = {
+        'oracle': [rewards(r) for r in test],
+        'longer': baselines.longer_wins(test),
+        'words': words(test),
+    }
+    table = {'all': {k: accuracy(test, v) for k, v in scores.items()}}
+    for category in synthetic.CATEGORIES:
+        rows = [i for i, r in enumerate(test) if r.group == category]
+        part = [test[i] for i in rows]
+        table[category] = {k: accuracy(part, [v[i] for i in rows]) for k, v in scores.items()}
+    print(f'\n{"":12}' + ''.join(f'{k:>8}' for k in scores))
+    for name, found in table.items():
+        print(f'{name:12}' + ''.join(f'{v:8.3f}' for v in found.values()))
+    found = table.pop('all')
+    assert 0.7 < found['oracle'] < 0.85
+    assert found['longer'] < 0.6
+    assert 0.6 < found['words'] < 0.85 * found['oracle']
+    for part in table.values():
+        assert 0.68 < part['oracle'] < 0.88
+        assert 0.5 < part['words'] < part['oracle'] - 0.05
+    lengths = [part['longer'] for part in table.values()]
+    assert min(lengths) < 0.45
+    assert max(lengths) > 0.6
+
+
+def test_conflict_between_categories():
+    weights = synthetic.WEIGHTS
+    for quality in ('politeness', 'verbosity'):
+        assert weights['facts'][quality] < 0 < weights['persona'][quality]
+    alike = weights['arithmetic'].keys() & weights['ordering'].keys()
+    assert len(alike) >= 4
+    assert all(weights['arithmetic'][q] * weights['ordering'][q] > 0 for q in alike)
+
+    def across(one, other):
+        learned = baselines.bag_of_words(
+            synthetic.preferences(2000, seed=0, categories=[one]), l2=1e-3
+        )
+        held = synthetic.preferences(1000, seed=0, split='test', categories=[other])
+        return accuracy(held, learned(held))
+
+    found = {pair: across(*pair) for pair in [('facts', 'persona'), ('arithmetic', 'ordering')]}
+    print(found)
+    assert found['facts', 'persona'] < 0.45
+    assert found['arithmetic', 'ordering'] > 0.55
+
+
+def test_longer_answers_are_better_answers(test):
+    """Within every category some quality of substance goes along with length."""
+    column = {name: i for i, name in enumerate(synthetic.QUALITIES)}
+    found = {}
+    for category, names in CONTENT.items():
+        x = np.array([row for r in test if r.group == category for row in r.ratings])
+        for name in names.split():
+            rho = scipy.stats.spearmanr(x[:, column[name]], x[:, column['verbosity']])[0]
+            found[category, name] = float(rho)
+    print({k: round(v, 3) for k, v in found.items()})
+    for category in CONTENT:
+        assert max(v for (c, _), v in found.items() if c == category) > 0.05
+    assert sum(v > 0.05 for v in found.values()) >= 8
+
+
+def test_policy(test, shifted):
+    new = {phrase for _, shifted_pool in POOLS for phrase in shifted_pool}
+    old = test[: len(shifted)]
+    assert [r.messages for r in old] == [r.messages for r in shifted]
+    plain, moved = (' '.join(a for r in rs for a in r.responses) for rs in (old, shifted))
+    everything = ' '.join(a for r in test for a in r.responses)
+    assert not [phrase for phrase in new if phrase in everything]
+    assert all(phrase in moved for phrase in new)
+    assert len(moved.split()) > 1.4 * len(plain.split())
+    before, after = (
+        np.nanmean([row for r in rs for row in r.ratings], axis=0) for rs in (old, shifted)
+    )
+    change = dict(zip(synthetic.QUALITIES, after - before, strict=True))
+    assert sum(abs(v) > 0.05 for v in change.values()) >= 8
+    assert change['verbosity'] > 0.15
+    half = synthetic.preferences(500, seed=0, split='test', policy=0.5)
+    words = [np.mean([len(a.split()) for r in rs[:500] for a in r.responses])
+             for rs in (old, half, shifted)]  # fmt: skip
+    assert words == sorted(words)
+
+
+@pytest.mark.parametrize('category', WORLD)
+def test_flaws_fall_at_their_rates(category):
+    """Chances of flaws that a writer draws, at either end of the policy and half-way."""
+    rates = WORLD[category].RATES
+    for policy in (0.0, 0.5, 1.0):
+        writer = style.Writer(random.Random(0), policy)
+        drawn = collections.Counter(name for _ in range(3000) for name in writer.flaws(rates))
+        for name, (low, high) in rates.items():
+            want = low + policy * (high - low)
+            assert drawn[name] / 3000 == pytest.approx(want, abs=0.035)
+
+
+# Text
 
 
 def test_text_ends_with_good_answers():
     talks = synthetic.text(600, seed=0)
-    assert all(talk[-1]['role'] == 'assistant' for talk in talks)
-    said = collections.defaultdict(list)
-    for *prompt, last in talks:
-        for name, value in synthetic.gold(prompt, last['content']).qualities.items():
-            said[name].append(value)
-    for name in ('correctness', 'completeness', 'format', 'relevance', 'register'):
-        assert min(said[name]) == 1, name
-    for name in ('persona', 'mood', 'topic', 'address', 'tense', 'fidelity'):
-        assert min(said[name]) == 1, name
-    assert {synthetic.gold(t[:-1], t[-1]['content']).category for t in talks} == {
-        *synthetic.CATEGORIES
-    }
-    assert all('plays the' in str(t) for t in synthetic.text(9, seed=0, categories=['facts']))
+    groups = collections.Counter()
+    for *messages, answer in talks:
+        assert answer['role'] == 'assistant'
+        found = synthetic.gold(tuple(messages), answer['content'])
+        groups[found.category] += 1
+        for name in CONTENT[found.category].split():
+            assert found.qualities[name] == 1, (name, answer)
+    assert set(groups) == set(synthetic.CATEGORIES)
+    only = synthetic.text(60, seed=0, categories=['facts', 'rewrite'])
+    assert {synthetic.gold(t[:-1], 'x').category for t in only} == {'facts', 'rewrite'}
 
 
-def test_remarks_tell_what_is_wrong():
-    for *prompt, answer, remark in synthetic.text(100, seed=0, remarks=1.0):
-        qualities = synthetic.gold(prompt, answer['content']).qualities
-        said = remark['content'].lower().strip('.').replace(' and ', ', ').split(', ')
-        if 'mood' in qualities and qualities['mood'] != 0.5:
-            assert ('fitting' in said) == (qualities['mood'] > 0.5)
-            assert ('unfitting' in said) == (qualities['mood'] < 0.5)
-
-
-def test_prompts_have_systems_and_turns():
-    records = synthetic.preferences(300, seed=2)
-    shapes = collections.Counter(''.join(m['role'][0] for m in r.messages) for r in records)
-    assert set(shapes) == {'u', 'su', 'uau'} and shapes['u'] > 150 and min(shapes.values()) > 10
-
-
-@pytest.fixture(scope='module')
-def world():
-    train = synthetic.preferences(3000, seed=1)
-    return train, synthetic.preferences(3000, seed=2, split='test')
-
-
-def test_the_world_is_neither_trivial_nor_hopeless(world):
-    train, test = world
-    bag = baselines.bag_of_words(train, l2=1e-2)
-    print('\n               oracle longer    bag')
-    for name in (None, *synthetic.CATEGORIES):
-        part = [r for r in test if name in (None, r.group)]
-        scorers = (gold_scores, baselines.longer_wins, bag)
-        oracle, longer, words = (baselines.accuracy(part, score(part)) for score in scorers)
-        print(f'{name or "all":14s} {oracle:.3f}  {longer:.3f}  {words:.3f}')
-        assert 0.70 <= oracle <= (0.85 if name is None else 0.90)
-        assert longer <= (0.60 if name is None else 0.72)
-        assert words <= (0.85 if name is None else 0.95) * oracle
-
-
-def test_long_answers_look_good_for_several_reasons(world):
-    _, test = world
-    length = column(test, 'verbosity')
-    correlations = {
-        name: scipy.stats.spearmanr(length, column(test, name), nan_policy='omit')[0]
-        for name in synthetic.QUALITIES
-    }
-    assert sum(rho > 0.1 for rho in correlations.values()) >= 5, correlations
-
-
-def test_categories_conflict_and_agree(world):
-    train, test = world
-
-    def transfer(source, target):
-        bag = baselines.bag_of_words([r for r in train if r.group == source], l2=1e-2)
-        part = [r for r in test if r.group == target]
-        return baselines.accuracy(part, bag(part))
-
-    weights = synthetic.WEIGHTS
-    for quality in ('verbosity', 'politeness'):
-        assert weights['facts'][quality] < 0 < weights['persona'][quality]
-        assert weights['arithmetic'][quality] * weights['ordering'][quality] > 0
-    assert transfer('persona', 'facts') < 0.45 and transfer('facts', 'persona') < 0.45
-    assert transfer('arithmetic', 'ordering') > 0.5 and transfer('ordering', 'arithmetic') > 0.5
-
-
-def test_policies_shift_by_degrees():
-    def measure(policy):
-        records = synthetic.preferences(500, seed=4, policy=policy)
-        rewards = np.concatenate(gold_scores(records))
-        return column(records, 'verbosity').mean(), -rewards.mean(), _unseen(records)
-
-    steps = [measure(policy) for policy in (0.0, 0.5, 1.0)]
-    for low, mid, high in zip(*steps, strict=True):
-        assert low < mid < high
-    assert steps[0][2] == 0
-
-
-def _unseen(records):
-    """The share of answers with a word that no answer of the training distribution has."""
-    known = synthetic.preferences(3000, seed=5)
-    vocabulary = {w for r in known for a in r.responses for w in a.split()}
-    answers = [a.split() for r in records for a in r.responses]
-    return np.mean([not vocabulary.issuperset(words) for words in answers])
-
-
-def test_prompts_do_not_depend_on_the_policy():
-    near, far = (synthetic.preferences(50, seed=6, policy=p, labels='none') for p in (0.0, 1.0))
-    assert [r.messages for r in near] == [r.messages for r in far]
-    assert [r.responses for r in near] != [r.responses for r in far]
-
-
-def test_load_gives_default_sizes():
-    assert len(synthetic.load('validation')) == synthetic.SIZES['validation']
+def test_remarks_tell_the_qualities():
+    talks = synthetic.text(400, seed=0, remarks=0.5)
+    remarked = [t for t in talks if t[-1]['role'] == 'user']
+    assert len(remarked) / 400 == pytest.approx(0.5, abs=0.1)
+    low = 0
+    for *messages, answer, remark in remarked:
+        found = synthetic.gold(tuple(messages), answer['content'])
+        said = re.findall(r'\w+', remark['content'].lower().replace(' and ', ' '))
+        want = [style.REMARKS[k][v < 0.5] for k, v in found.qualities.items() if v != 0.5]
+        assert sorted(said) == sorted(want)
+        low += any(found.qualities[n] < 0.5 for n in CONTENT[found.category].split())
+    assert 0.3 < low / len(remarked) < 0.95

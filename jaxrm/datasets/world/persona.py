@@ -90,7 +90,10 @@ VOICES = {
     ),
 }
 TOPICS = tuple(
-    'lantern umbrella teapot candle violin map clock boat garden hat kite mirror'.split()
+    'lantern teapot candle violin map clock boat garden hat kite mirror basket bell blanket bottle'
+    ' bridge broom bucket cake canoe carpet coat compass cradle cup curtain fiddle flag fountain'
+    ' glove hammer jar jug key ladder lamp locket mill mug necklace painting pillow pipe quilt ring'
+    ' rug saddle scarf shovel statue stool tent trunk vase wheel whistle window wreath'.split()
 )
 MOODS = {  # what the user says, what the character says
     'cheerful': (
