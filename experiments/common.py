@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +52,15 @@ class Training:
     max_steps: int = -1  # over num_train_epochs when positive
     train_batch_size: int = 32  # mean number of prompts in an optimiser step, over all devices
     gradient_accumulation_steps: int = 1
-    lr_scheduler_type: str = 'cosine'  # or linear, constant
+    packs: int | None = None  # in a step; by default one a device and accumulation step
+    lr_scheduler_type: Literal['cosine', 'linear', 'constant'] = 'cosine'
     warmup_steps: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    max_length: int = 512  # longer training records are dropped and counted
+    max_length: int = 512  # longer training records are dropped and counted; text is cut
     logging_steps: int = 50
     save_steps: int = 500
-    report_to: str = 'none'  # or tensorboard
+    report_to: Literal['none', 'tensorboard'] = 'none'
     seed: int = 0
 
 
@@ -67,6 +70,31 @@ PATHS = {'dataset_name', 'dataset_train', 'dataset_test', 'model_name_or_path'}
 def parse(config: type) -> Any:
     """The experiment's Config from the command line."""
     return tyro.cli(config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+
+
+def launch(config: type, main: Callable[[Any], None]) -> None:
+    """Runs an experiment; wrong input ends with status 2 and one line."""
+    try:
+        main(parse(config))
+    except (ValueError, OSError) as error:
+        if os.environ.get('JAXRM_TRACEBACK'):
+            raise
+        console.print(f'error: {" ".join(str(error).split())}')
+        sys.exit(2)
+
+
+def finished(c: Training) -> bool:
+    """Whether the output folder has the result of these flags; ValueError if it is of others."""
+    path = c.output_dir / 'result.json'
+    if not path.exists():
+        return False
+    found, flags = json.loads(path.read_text())['flags'], json.loads(json.dumps(identity(c)))
+    for name in sorted(found.keys() | flags.keys()):
+        if found.get(name) != flags.get(name):
+            was, now = found.get(name), flags.get(name)
+            raise ValueError(f'{path}: is of a run with {name} {was!r}, not {now!r}')
+    console.print(f'{path} is there already')
+    return True
 
 
 ROLES = ('system', 'user', 'assistant')
@@ -108,7 +136,10 @@ def tiny(vocabulary: int, *, width: int, layers: int, head: int = 16, length: in
 
 def batches(c: Training, encoded: tokens.Tokens, mesh: Any, width: int) -> packing.Batches:
     """Packs of about `train_batch_size` prompts a step; says what came of it."""
-    packs = sharding.data_parallel(mesh) * c.gradient_accumulation_steps
+    parts = sharding.data_parallel(mesh) * c.gradient_accumulation_steps
+    packs = parts if c.packs is None else c.packs
+    if packs < 1 or packs % parts:
+        raise ValueError(f'packs: {packs}, expected a multiple of {parts}')
     size = int(np.diff(encoded.start).mean() * c.train_batch_size / packs)
     multiple = 16 if jax.default_backend() == 'cpu' else 128
     shape = shapes.fit(encoded, size=size, width=width, multiple=multiple)
@@ -146,6 +177,7 @@ def run(
     tx = train.adamw(rate, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm)
     what = {**what, **identity(c), 'steps': steps}
     what |= {'data': resume.digest(encoded), 'start': resume.digest([trainable, frozen])}
+    what |= {'packs': stream.packs, 'shape': str(stream.shape)}
     saved = c.output_dir / 'checkpoints'
     state = resume.restore(saved, train.start(trainable, tx, mesh), run=what)
     log = Log(
@@ -224,8 +256,8 @@ class Model:
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_target_modules: str = lora.ALL_LINEAR  # searched in names like layers/q/kernel
-    gradient_checkpointing: str = 'none'  # or dots, full
-    dtype: str | None = None  # compute dtype; by default the stored one
+    gradient_checkpointing: Literal['none', 'dots', 'full'] = 'none'
+    dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # of compute; else the stored
     vocabulary: int = 1024  # from here on: of a start from scratch
     hidden_size: int = 64
     num_hidden_layers: int = 2

@@ -30,6 +30,7 @@ class Config(common.Model, common.Training):
     weight_decay: float = 0.1
     center_rewards_coefficient: float = 0.0
     chat: bool = False  # plain strings become a user and an assistant turn
+    layout: str | None = None  # which columns to read, where there are those of several
     eval_steps: int = 100
     cache: Path | None = Path('runs/cache')  # of tokens
     result: Path | None = None  # a second copy of result.json
@@ -37,11 +38,12 @@ class Config(common.Model, common.Training):
 
 def main(c: Config) -> None:
     """Train, evaluate, export."""
-    if (c.output_dir / 'result.json').exists():
-        common.console.print(f'{c.output_dir / "result.json"} is there already')
+    if common.finished(c):
         return
     mesh = sharding.make_mesh()
-    train_set, test_set = (data.load(n, chat=c.chat) for n in (c.dataset_train, c.dataset_test))
+    train_set, test_set = (
+        data.load(n, layout=c.layout, chat=c.chat) for n in (c.dataset_train, c.dataset_test)
+    )
     common.console.print(f'{train_set.mapping}\n{test_set.mapping}')
     start = common.start(c, common.texts(train_set.records), seed=c.seed)
     encoded, test = (
@@ -97,4 +99,4 @@ def main(c: Config) -> None:
 
 
 if __name__ == '__main__':
-    main(common.parse(Config))
+    common.launch(Config, main)

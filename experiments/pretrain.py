@@ -79,8 +79,7 @@ def held_out(objective: train.Objective, params: tree.Tree, pieces: tokens.Token
 
 def main(c: Config) -> None:
     """Trains, exports to output_dir/model, and prints the held-out loss."""
-    if (c.output_dir / 'model').exists():
-        common.console.print(f'{c.output_dir / "model"} is there already')
+    if common.finished(c):
         return
     mesh, records = sharding.make_mesh(), read(c)
     kept, held = split(records, c.seed)
@@ -100,8 +99,13 @@ def main(c: Config) -> None:
     loss = held_out(objective, learned, common.chunks(test_set.tokens, c.max_length))
     common.console.print(f'held-out loss {loss:.4f} nats a token')
     like = checkpoint.Pretrained('llama', config, tokenizer)
-    checkpoint.export(c.output_dir / 'model', learned, like, head_kind='lm_head')
+    flags = common.identity(c)
+    checkpoint.export(
+        c.output_dir / 'model', learned, like, head_kind='lm_head', overwrite=True,
+        provenance={'experiment': 'pretrain', **flags},
+    )  # fmt: skip
+    common.write_json(c.output_dir / 'result.json', {'held_out_loss': loss, 'flags': flags})
 
 
 if __name__ == '__main__':
-    main(common.parse(Config))
+    common.launch(Config, main)

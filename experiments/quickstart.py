@@ -42,6 +42,7 @@ def main(c: Config) -> None:
         mesh=mesh, width=start.like.config.D, what={'experiment': 'quickstart'},
     )  # fmt: skip
     params = {**start.frozen, **learned}
+    common.console.print(f'scoring {len(test)} held-out pairs and fitting the baselines')
     test_tokens = tokens.encode(test, start.like.tokenizer).tokens
     gold = [np.array([synthetic.gold(r.messages, a).reward for a in r.responses]) for r in test]
     found = {
@@ -120,4 +121,4 @@ def use(path: Path) -> None:
 
 
 if __name__ == '__main__':
-    main(common.parse(Config))
+    common.launch(Config, main)

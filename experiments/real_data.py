@@ -101,4 +101,4 @@ def main(c: Config) -> None:
 
 
 if __name__ == '__main__':
-    main(common.parse(Config))
+    common.launch(Config, main)

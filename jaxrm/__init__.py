@@ -5,12 +5,16 @@
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrm.scorer import load as load
 
 __version__ = '0.1.0'
+
+# transformers advises to install PyTorch when it is imported; jaxrm does without.
+logging.getLogger('transformers').addFilter(lambda record: 'PyTorch' not in str(record.msg))
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import decimal
 import json
-import logging
 import math
 import os
 import sys
@@ -27,6 +26,7 @@ def score(
     max_length: int | None = None,
     truncate: Literal['left'] | None = None,
     chat: bool = False,
+    layout: str | None = None,
     split: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -43,6 +43,7 @@ def score(
         max_length: Longest row in tokens; by default the model's own limit.
         truncate: Cut over-long prompts at the left instead of refusing them.
         chat: Treat plain strings as a user and an assistant turn.
+        layout: Which columns to read, where a file has those of several layouts.
         split: Split of a hub data set.
         overwrite: Replace an existing output file.
     """
@@ -51,7 +52,7 @@ def score(
 
     _check_output(output, overwrite)
     rows = list(records.read(data, split=split))
-    loaded = records.preferences(rows, chat=chat, source=data)
+    loaded = records.preferences(rows, layout=layout, chat=chat, source=data)
     plain = [_row(row, where) for where, row in rows]
     rm = scorer.load(model, dtype=dtype)
     ready = rm.prepare(
@@ -120,8 +121,6 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
 
 def main() -> None:
     """Entry point: wrong input ends with status 2 and one line."""
-    # transformers advises to install PyTorch when it is imported.
-    logging.getLogger('transformers').addFilter(lambda record: 'PyTorch' not in str(record.msg))
     try:
         tyro.extras.subcommand_cli_from_dict({'score': score}, prog='jaxrm')
     except (ValueError, OSError) as error:

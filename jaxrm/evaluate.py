@@ -3,6 +3,7 @@
 Scores of a set are one array [M] per record, in the order of its responses, whatever made them.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ def candidate_scores(
     """
     out = np.full(len(tokens.length), np.nan, np.float32)
     waiting = None
-    for pack in (*packing.in_order(tokens, shape, packs), None):
+    for pack in itertools.chain(packing.in_order(tokens, shape, packs), [None]):
         if waiting is not None:  # read one batch late, so that the device never waits
             index, found = waiting
             out[index[index >= 0]] = np.asarray(found).reshape(index.shape)[index >= 0]

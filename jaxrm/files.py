@@ -109,6 +109,8 @@ def _parsed(text: str, path: str, line: int) -> Any:
     except json.JSONDecodeError as error:
         place = f'{path}:{line + error.lineno - 1}: column {error.colno}'
         raise DataError(f'{place}: {error.msg}') from error
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise DataError(f'{path}:{line}: JSON that cannot be read ({error})') from error
 
 
 def _object(row: Any, path: str, line: int) -> Row:

@@ -226,7 +226,7 @@ def _tree(record: int, item: chat.Item, gate: int, prompt: np.ndarray, *rows: np
     shared = min(_common(prompt if len(rows) == 1 else row, rows[0]) for row in (rows[1:] or rows))
     shared = min(shared, *(len(row) - 1 for row in rows))
     inside = min(shared, _common(prompt, rows[0]))
-    if inside == 0 and item.messages:
+    if inside == 0 and not isinstance(item.messages, str):
         raise DataError(f'{item.name}: found no token of the prompt that its candidates share')
     own = [len(row) - shared for row in rows]
     ids = np.concatenate([rows[0], *(row[shared:] for row in rows[1:])])

@@ -1,5 +1,6 @@
 """Every experiment at a few steps on a tiny model, restarted, killed, and one after the other."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import jaxrm
 from experiments import common, preference, pretrain, quickstart
-from jaxrm import checkpoint, data, evaluate
+from jaxrm import checkpoint, data, evaluate, sharding, tokens, train
 from jaxrm.datasets import synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +145,7 @@ def test_one_after_the_other(tmp_path, pairs, capfd):
     loss = float(re.search(r'held-out loss (\S+) nats', said)[1])
     assert 3 < loss < 1.2 * np.log(300), said
     pretrain.main(read)
-    assert 'is there already' in capfd.readouterr().out
+    assert 'is there already' in re.sub(r'\s', ' ', capfd.readouterr().out)
     lm = str(tmp_path / 'lm' / 'model')
 
     quick = quickstart.Config(
@@ -243,3 +245,35 @@ def wait_for(path, steps, process):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     pytest.fail(f'no step {steps}')
+
+
+def test_a_run_goes_on_only_as_what_it_was(tmp_path, pairs):
+    """Another base of the same name, other flags or another plan of packs are refused."""
+    (record,) = synthetic.preferences(1, seed=0)
+    c = preference.Config(**pairs, **SMALL, **STEPS, output_dir=tmp_path, use_peft=True)
+    start = common.start(c, common.texts([record] * 9), seed=0)
+    mesh, width = sharding.make_mesh(), c.hidden_size
+    records = data.load(pairs['dataset_train']).records
+    encoded = tokens.encode(records, start.like.tokenizer).tokens
+    objective = train.preference(start.rm.score)
+
+    def run(c, frozen):
+        what = {'experiment': 'test'}
+        return common.run(
+            c, start.trainable, frozen, encoded, objective, mesh=mesh, width=width, what=what
+        )
+
+    run(c, start.frozen)
+    run(c, start.frozen)  # is at its end and stays there
+    other = jax.tree.map(lambda x: 1.01 * x, start.frozen)
+    for changed, frozen, name in [
+        (c, other, 'start'),
+        (dataclasses.replace(c, learning_rate=0.5), start.frozen, 'learning_rate'),
+        (dataclasses.replace(c, packs=16), start.frozen, 'packs'),
+    ]:
+        with pytest.raises(ValueError, match=rf'run.json: {name}: found'):
+            run(changed, frozen)
+    common.write_json(tmp_path / 'result.json', {'flags': common.identity(c)})
+    assert common.finished(c)
+    with pytest.raises(ValueError, match=r'result\.json: is of a run with seed 0, not 1'):
+        common.finished(dataclasses.replace(c, seed=1))
