@@ -44,7 +44,9 @@ def _candidate_index(tokens: Tokens, pack: Pack) -> np.ndarray:
     """[P, B, M] candidate of `tokens`, -1 where there is none."""
     record_PB, M = pack.record_PB, pack.rank_PBM.shape[2]
     first = np.where(record_PB >= 0, tokens.first[record_PB], 0)[..., None]
-    count = np.where(record_PB >= 0, np.diff(tokens.first)[record_PB], 0)[..., None]
+    count = np.where(record_PB >= 0, tokens.first[record_PB + 1] - tokens.first[record_PB], 0)[
+        ..., None
+    ]
     m = np.arange(M)[None, None]
     return np.where(m < count, first + m, -1)
 

@@ -169,11 +169,11 @@ def _place(tokens: Tokens, packs: Sequence[np.ndarray], shape: Shape) -> _Layout
     """Records in the order given inside each pack, rows by length."""
     record_r = np.concatenate([*packs, np.empty(0, np.int64)]).astype(np.int64)
     pack_r, slot_r = spans(np.array([len(p) for p in packs], np.int64))
-    length_r = np.diff(tokens.start)[record_r]
+    length_r = tokens.start[record_r + 1] - tokens.start[record_r]
     end_r = np.cumsum(length_r)
     start_r = end_r - length_r
     start_r = start_r - start_r[np.arange(len(record_r)) - slot_r]
-    count_r = np.diff(tokens.first)[record_r]
+    count_r = tokens.first[record_r + 1] - tokens.first[record_r]
     owner_c, m_c = spans(count_r)
     candidate_c = tokens.first[record_r][owner_c] + m_c
     own_c = tokens.length[candidate_c].astype(np.int64)

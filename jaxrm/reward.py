@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jaxrm import lora, tree
+from jaxrm.backbones import attention
 from jaxrm.packing import Pack
 
 
@@ -41,9 +42,8 @@ class RewardModel:
     def features(self, params: tree.Tree, pack: Pack, *, dropout=0.0, key=None) -> Features:
         """Features of every candidate and prompt; those of absent ones mean nothing."""
         z_PRTD = self.states(params, pack, dropout=dropout, key=key)
-        row = jax.vmap(lambda z, i: z.at[i].get(mode='promise_in_bounds'))
-        answer_PBMD = row(z_PRTD[:, :, 1], pack.row_PBM)
-        prompt_PBD = row(z_PRTD[:, :, 0], pack.row_PBM[:, :, 0])
+        answer_PBMD = attention.take(z_PRTD[:, :, 1], pack.row_PBM)
+        prompt_PBD = attention.take(z_PRTD[:, :, 0], pack.row_PBM[:, :, 0])
         answer_BMD = rearrange(answer_PBMD, 'p b m d -> (p b) m d')
         return Features(answer_BMD, rearrange(prompt_PBD, 'p b d -> (p b) d'))
 

@@ -57,7 +57,7 @@ def cudnn(q_PRSQH: Array, k_PRSKH: Array, v_PRSKH: Array, length_PR: Array) -> A
 IMPLEMENTATIONS: dict[str, Attention] = {'xla': xla, 'cudnn': cudnn}
 
 
-def _get(x, index):
+def take(x: Array, index: Array) -> Array:
     """x[p, index[p]] for every pack; the vmap keeps the gather local to its device."""
     return jax.vmap(lambda x, i: x.at[i].get(mode='promise_in_bounds'))(x, index)
 
@@ -86,11 +86,11 @@ def query_rows(x_PN: Array, slot_PRS: Array, back_PN: Array) -> Array:
 
     Only that copy has a gradient, so the transpose is a gather too, and not a scatter-add.
     """
-    return _get(x_PN, slot_PRS)
+    return take(x_PN, slot_PRS)
 
 
 query_rows.defvjp(
-    lambda x, slot, back: (_get(x, slot), back),
+    lambda x, slot, back: (take(x, slot), back),
     lambda back, g: (_get_or_zero(_flat(g), back), None, None),
 )
 
@@ -103,8 +103,8 @@ def to_stream(o_PRS: Array, slot_PRS: Array, back_PN: Array) -> Array:
 
 def _to_stream_bwd(res, g_PN):
     slot, back = res
-    own = _get(back, slot) == jnp.arange(slot[0].size).reshape(1, *slot.shape[1:])
-    return jnp.where(own[..., None, None], _get(g_PN, slot), 0), None, None
+    own = take(back, slot) == jnp.arange(slot[0].size).reshape(1, *slot.shape[1:])
+    return jnp.where(own[..., None, None], take(g_PN, slot), 0), None, None
 
 
 to_stream.defvjp(lambda o, slot, back: (_get_or_zero(_flat(o), back), (slot, back)), _to_stream_bwd)
@@ -112,7 +112,7 @@ to_stream.defvjp(lambda o, slot, back: (_get_or_zero(_flat(o), back), (slot, bac
 
 def lengths(pack: Pack) -> list[Array]:
     """[P, R] real tokens of each row, for each class (1 where the row is unused)."""
-    return [_get(pack.pos_PN, read[..., 1]) + 1 for read in pack.read]
+    return [take(pack.pos_PN, read[..., 1]) + 1 for read in pack.read]
 
 
 def attend(q_PNQH: Array, k_PNKH: Array, v_PNKH: Array, pack: Pack, attention: Attention) -> Array:
@@ -123,7 +123,7 @@ def attend(q_PNQH: Array, k_PNKH: Array, v_PNKH: Array, pack: Pack, attention: A
         return attention(row(q_PNQH), row(k_PNKH), row(v_PNKH), length)[:, 0]
     parts = [
         to_stream(
-            attention(query_rows(q_PNQH, slot, back), _get(k_PNKH, slot), _get(v_PNKH, slot), n),
+            attention(query_rows(q_PNQH, slot, back), take(k_PNKH, slot), take(v_PNKH, slot), n),
             slot,
             back,
         )
@@ -134,7 +134,7 @@ def attend(q_PNQH: Array, k_PNKH: Array, v_PNKH: Array, pack: Pack, attention: A
 
 def at_read(x_PN: Array, pack: Pack) -> Array:
     """[P, R, 2, ...] values at the chosen tokens of each row, R over all row classes."""
-    return _get(x_PN, jnp.concatenate(pack.read, axis=1))
+    return take(x_PN, jnp.concatenate(pack.read, axis=1))
 
 
 def attend_at_read(q_PRTQH: Array, k_PNKH: Array, v_PNKH: Array, pack: Pack) -> Array:
@@ -144,7 +144,7 @@ def attend_at_read(q_PRTQH: Array, k_PNKH: Array, v_PNKH: Array, pack: Pack) -> 
     out, first = [], 0
     for slot, read in zip(slots, pack.read, strict=True):
         mine = slice(first, first := first + read.shape[1])
-        k, v = (x[:, None] if slot is None else _get(x, slot) for x in (k_PNKH, v_PNKH))
+        k, v = (x[:, None] if slot is None else take(x, slot) for x in (k_PNKH, v_PNKH))
         mask = jnp.arange(k.shape[2])[None, None, None] <= at_PRT[:, mine, :, None]
         out.append(core(q_PRTQH[:, mine], k, v, mask))
     return jnp.concatenate(out, axis=1)
