@@ -150,8 +150,8 @@ def gate_table(c: Config, name: str) -> None:
             str(evaluate.interval(right_sn.mean(0), prompts=prompts)),
             f'{seeds.min():.3f} to {seeds.max():.3f}', '' if weights == 'gate' else str(above),
         ]  # fmt: skip
-    show(f'{name}, {len(prompts)} pairs, {len(found)} seeds', rows,
-         ['accuracy [95 %]', 'over seeds', 'gate - this'])  # fmt: skip
+    common.table(f'{name}, {len(prompts)} pairs, {len(found)} seeds', rows,
+                 ['accuracy [95 %]', 'over seeds', 'gate - this'], paste=True)  # fmt: skip
 
 
 def objective_table(c: Config) -> None:
@@ -166,15 +166,9 @@ def objective_table(c: Config) -> None:
             f'{explained.mean():.3f}', f'{explained.min():.3f} to {explained.max():.3f}',
             f'{of["spearman"].mean():.3f}',
         ]  # fmt: skip
-    show('objectives on answers to other questions', rows,
-         ['mse', 'mse of the mean', 'explained', 'over seeds', 'Spearman'])  # fmt: skip
-
-
-def show(title: str, rows: dict[str, Sequence[Any]], columns: list[str]) -> None:
-    """To read, and to paste."""
-    common.table(title, rows, columns)
-    for name, values in rows.items():
-        common.console.print(f'| {name} | ' + ' | '.join(values) + ' |')
+    common.table('objectives on answers to other questions', rows,
+                 ['mse', 'mse of the mean', 'explained', 'over seeds', 'Spearman'],
+                 paste=True)  # fmt: skip
 
 
 def main(c: Config) -> None:

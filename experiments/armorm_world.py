@@ -213,9 +213,7 @@ def table(c: Config, part: str) -> None:
             ', '.join(f'{k} {x:.2f}' for k, x in notes.items()),
         ]  # fmt: skip
     columns = ['accuracy', 'over seeds', 'gate - this', 'mean over seeds']
-    common.table(f'{part}, {len(found)} seeds', rows, columns)
-    for name, values in rows.items():
-        common.console.print(f'| {name} | ' + ' | '.join(map(str, values)) + ' |')
+    common.table(f'{part}, {len(found)} seeds', rows, columns, paste=True)
 
 
 def main(c: Config) -> None:

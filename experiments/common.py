@@ -369,14 +369,18 @@ def _turns(said: Any) -> Iterable[dict[str, Any]]:
     return ({'content': said},) if isinstance(said, str) else said
 
 
-def table(title: str, rows: dict[str, Sequence[Any]], columns: Sequence[str]) -> None:
-    """Prints a table."""
+def table(
+    title: str, rows: dict[str, Sequence[Any]], columns: Sequence[str], *, paste: bool = False
+) -> None:
+    """Prints a table; with `paste` its rows in Markdown, too."""
     out = Table(title=title)
     for name in ('', *columns):
         out.add_column(name, justify='left' if not name else 'right')
     for name, values in rows.items():
         out.add_row(name, *map(str, values))
     console.print(out)
+    for name, values in rows.items() if paste else ():
+        console.print(f'| {name} | ' + ' | '.join(map(str, values)) + ' |')
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -86,9 +86,7 @@ def table(c: Config) -> None:
                 len(cells), over_prompts, spread, *(f'{b:.3f}' for b in baselines)
             ]  # fmt: skip
     columns = ['seeds', 'accuracy [95 %]', 'over seeds', 'longer wins', 'bag of words']
-    common.table('held-out pair accuracy', rows, columns)
-    for name, values in rows.items():
-        common.console.print(f'| {name} | ' + ' | '.join(map(str, values)) + ' |')
+    common.table('held-out pair accuracy', rows, columns, paste=True)
 
 
 def main(c: Config) -> None:

@@ -96,9 +96,7 @@ def table(c: Config) -> None:
             rows[f'{name} on llmbar-adver-neighbor'] = row(hard)
     columns = ['pairs', 'accuracy', 'over seeds', 'if the longer is right', 'if the shorter',
                'longer wins', 'Spearman with length', 'ECE']  # fmt: skip
-    common.table('length bias, means over seeds', rows, columns)
-    for name, values in rows.items():
-        common.console.print(f'| {name} | ' + ' | '.join(values) + ' |')
+    common.table('length bias, means over seeds', rows, columns, paste=True)
 
 
 def main(c: Config) -> None:

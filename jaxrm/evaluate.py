@@ -4,10 +4,9 @@ Scores of a set are one array [M] per record, in the order of its responses, wha
 """
 
 import functools
-import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,19 +40,30 @@ def candidate_scores(
     """
     params = sharding.place(params, mesh)
     out = np.full(len(tokens.length), np.nan, np.float32)
-    waiting = None
-    for pack in itertools.chain(packing.in_order(tokens, shape, packs), [None]):
-        if waiting is not None:  # read one batch late, so that the device never waits
-            index, found = waiting
-            score_PBM = np.asarray(found).reshape(*index.shape, *found.shape[2:])
-            if score_PBM.ndim > 3 and out.ndim == 1:
-                out = np.full((len(out), *score_PBM.shape[3:]), np.nan, np.float32)
-            out[index[index >= 0]] = score_PBM[index >= 0]
-        if pack is not None:
-            placed = sharding.place_batch(pack, mesh)
-            with jax.set_mesh(mesh):
-                waiting = _candidate_index(tokens, pack), processes.whole(score(params, placed))
+    for pack, found in passed(score, params, packing.in_order(tokens, shape, packs), mesh):
+        index = _candidate_index(tokens, pack)
+        score_PBM = np.asarray(found).reshape(*index.shape, *found.shape[2:])
+        if score_PBM.ndim > 3 and out.ndim == 1:
+            out = np.full((len(out), *score_PBM.shape[3:]), np.nan, np.float32)
+        out[index[index >= 0]] = score_PBM[index >= 0]
     return out
+
+
+def passed(
+    apply: Callable[[tree.Tree, Pack], Any], params: tree.Tree, packs: Iterable[Pack], mesh: Mesh
+) -> Iterator[tuple[Pack, Any]]:
+    """Each batch on the host, and what `apply` gives of it as arrays that this process can read.
+
+    Given one batch late, so that the device never waits for the host; `params` are on the mesh.
+    """
+    waiting: list[tuple[Pack, Any]] = []
+    for pack in packs:
+        placed = sharding.place_batch(pack, mesh)
+        with jax.set_mesh(mesh):
+            waiting.append((pack, jax.tree.map(processes.whole, apply(params, placed))))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def _candidate_index(tokens: Tokens, pack: Pack) -> np.ndarray:

@@ -10,7 +10,7 @@ Letters: n records, c candidates, D width; of batches P packs, B prompts, M cand
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxrm import hf, packing, processes, sharding, tree
+from jaxrm import evaluate, hf, packing, processes, sharding, tree
 from jaxrm.reward import Features
 from jaxrm.tokens import Tokens, select
 
@@ -83,7 +83,10 @@ def compute(
     called, params = names(wanted), sharding.place(params, mesh)
     batches = packing.in_order(wanted, shape, packs)
     for some in iter(lambda: list(itertools.islice(batches, every)), []):
-        parts = list(_passed(features, params, some, wanted, mesh))
+        parts = [
+            _part(pack, found, wanted)
+            for pack, found in evaluate.passed(features, params, some, mesh)
+        ]
         record_n = np.concatenate([p.record_n for p in parts])
         here = [called[r] for r in record_n]
         processes.alone(lambda: _write(folder, here, parts, wanted, dtype))  # noqa: B023
@@ -119,20 +122,6 @@ def _missing(folder: Path, tokens: Tokens) -> list[int]:
             have.add(name)
             out.append(i)
     return out
-
-
-def _passed(
-    features, params: tree.Tree, batches: Sequence[packing.Pack], tokens: Tokens, mesh: Mesh
-) -> Iterator[Part]:
-    """The features of each batch, read one batch late, so that the device never waits."""
-    waiting: list[tuple[packing.Pack, Features]] = []
-    for pack in itertools.chain(batches, [None]):
-        if pack is not None:
-            with jax.set_mesh(mesh):
-                found = features(params, sharding.place_batch(pack, mesh))
-                waiting.append((pack, Features(*map(processes.whole, found))))
-        if len(waiting) > 1 or (pack is None and waiting):
-            yield _part(*waiting.pop(0), tokens)
 
 
 def _part(pack: packing.Pack, found: Features, tokens: Tokens) -> Part:
