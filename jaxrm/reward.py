@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from jaxrm import heads, lora, tree
@@ -19,6 +20,34 @@ class Features(NamedTuple):
     prompt_BD: jax.Array
 
 
+def blend(backbone: tree.Tree, other: tree.Tree, share: Any) -> tree.Tree:
+    """The part 'blend' of params: the backbone becomes (1 - share) of itself and share of `other`.
+
+    Mixed where it is used, layer by layer, so that no third model is ever held; `share` is an
+    argument of the compiled program, one number or [L], one a layer, of which the embedding and the
+    final norm take the first. With a head from elsewhere this is DogeRM (arXiv 2407.01470), whose
+    lambda is `share`. Raises ValueError for trees that differ in a name or a shape.
+    """
+    ours, theirs = tree.flatten(backbone), tree.flatten(other)
+    for name in sorted(ours.keys() | theirs.keys()):
+        a, b = (np.shape(x[name]) if name in x else None for x in (ours, theirs))
+        if a != b:
+            raise ValueError(f'blend: {name} is {a} here and {b} in the other, expected one shape')
+    layers = 1 + (len(backbone['layers']['q']['kernel']) if 'layers' in backbone else 0)
+    if np.shape(share) not in ((), (layers,)):
+        raise ValueError(f'share: found the shape {np.shape(share)}, expected () or ({layers},)')
+    return {'other': other, 'share': jnp.broadcast_to(jnp.asarray(share, jnp.float32), (layers,))}
+
+
+def _shared_out(other: tree.Tree, share: jax.Array) -> tree.Tree:
+    """The collection that layers read: the other's leaves, and at each module its own share."""
+    of = {'layers': share[:-1], 'top': share[-1]}
+    out = tree.flatten(other)
+    for name in list(out):
+        out[f'{name.rpartition("/")[0]}/share'] = of.get(name.partition('/')[0], share[0])
+    return tree.unflatten(out)
+
+
 def _check_key(dropout: float, key: Any) -> None:
     if dropout and key is None:
         raise ValueError(f'dropout: {dropout} needs a key, found None')
@@ -28,7 +57,8 @@ def _check_key(dropout: float, key: Any) -> None:
 class RewardModel:
     """Functions of params = {'backbone', 'head', optionally 'lora'}; B counts over all packs.
 
-    A Gated head has its gate's parameters in a part of their own, 'gate'.
+    A Gated head has its gate's parameters in a part of their own, 'gate'. A part 'blend' is that of
+    `blend`.
     """
 
     backbone: Any  # a linen module
@@ -43,6 +73,8 @@ class RewardModel:
         variables: dict[str, Any] = {'params': params['backbone']}
         if 'lora' in params:
             variables['lora'] = lora.scaled(params['lora'], self.lora_scale)
+        if 'blend' in params:
+            variables['blend'] = _shared_out(**params['blend'])
         rngs = {'dropout': key} if dropout else None
         return self.backbone.apply(variables, pack, read=read, dropout=dropout, rngs=rngs)
 

@@ -43,6 +43,7 @@ LEAVES = (
     (r'head/(.+/)?kernel$', ('width', 'whole')),
     (r'head/(.+/)?bias$', ('whole',)),
     (r'head/transform$', ('whole', 'whole')),
+    (r'(^|/)share$', ('whole',)),
     (r'(^|/)gate/layer_\d+/kernel$', ('whole', 'whole')),
     (r'(^|/)gate/(layer_\d+/bias|scale)$', ('whole',)),
 )

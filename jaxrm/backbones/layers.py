@@ -133,6 +133,19 @@ def _last(x, ndim):
     return x.reshape((1,) * (ndim - 1) + (-1,))
 
 
+def _blended(module: nn.Module, name: str, x: Array, of: Callable[[Array], Array] = lambda y: y):
+    """`of` the parameter x, or (1 - t) of it and t of another model's, in float32.
+
+    The collection `blend` holds the other's and t as `share` at the module's path, or nothing. Both
+    ends are exact: 1 x + 0 y = x.
+    """
+    if not module.has_variable('blend', name):
+        return of(x)
+    t: Any = module.get_variable('blend', 'share')
+    other: Any = module.get_variable('blend', name)
+    return (1 - t) * of(x).astype(jnp.float32) + t * of(other).astype(jnp.float32)
+
+
 class Linear(nn.Module):
     """x @ kernel + bias, plus the adapter (x @ a) @ b when the `lora` collection holds one."""
 
@@ -144,9 +157,10 @@ class Linear(nn.Module):
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
         kernel = self.param('kernel', nn.initializers.lecun_normal(), shape, jnp.float32)
-        y = x @ kernel.astype(self.dtype)
+        y = x @ _blended(self, 'kernel', kernel).astype(self.dtype)
         if self.bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
+            bias = _blended(self, 'bias', bias)
             y += _last(bias.astype(self.dtype), y.ndim)
         if self.has_variable('lora', 'a'):
             a: Array = self.get_variable('lora', 'a')
@@ -166,6 +180,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x):
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param('scale', init, (x.shape[-1],), jnp.float32)
+        scale = _blended(self, 'scale', scale)
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
         scale = _last(scale.astype(jnp.float32) + self.offset, x.ndim)
@@ -268,7 +283,9 @@ class Embed(nn.Module):
         shape = (self.config.V, self.config.D)
         init = nn.initializers.normal(self.config.D**-0.5)
         table = self.param('embedding', init, shape, jnp.float32)
-        x_PND = sharding.looked_up(jnp.take(table, ids_PN, axis=0).astype(self.dtype))
+        rows = lambda table: jnp.take(table, ids_PN, axis=0)  # noqa: E731
+        x_PND = _blended(self, 'embedding', table, rows).astype(self.dtype)
+        x_PND = sharding.looked_up(x_PND)
         scale = self.config.embed_scale
         return x_PND if scale == 1 else x_PND * jnp.asarray(scale, self.dtype)
 
@@ -309,7 +326,7 @@ class Decoder(nn.Module):
         if lower:
             layers = nn.scan(
                 block,
-                variable_axes={'params': 0, 'lora': 0},
+                variable_axes={'params': 0, 'lora': 0, 'blend': 0},
                 split_rngs={'params': True, 'dropout': True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=c.L - 1,
