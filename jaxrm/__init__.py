@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxrm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from jaxrm.scorer import load as load
+    from jaxrm.loading import load as load
 
 # transformers advises to install PyTorch when it is imported; jaxrm does without.
 logging.getLogger('transformers').addFilter(lambda record: 'PyTorch' not in str(record.msg))
@@ -19,7 +19,7 @@ logging.getLogger('transformers').addFilter(lambda record: 'PyTorch' not in str(
 
 def __getattr__(name: str) -> Any:
     if name == 'load':
-        return importlib.import_module('jaxrm.scorer').load
+        return importlib.import_module('jaxrm.loading').load
     try:
         return importlib.import_module(f'jaxrm.{name}')
     except ModuleNotFoundError as error:

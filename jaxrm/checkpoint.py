@@ -29,8 +29,8 @@ class Pretrained:
     """A checkpoint as found; arrays are numpy's.
 
     `head_kind` is a key of hf.HEADS, or None when no head was read; `head` is {} when the head is
-    the embedding; `objectives` names the rewards of a 'ratings' or 'gated' head; `gate`,
-    `temperature` and `scales` (of the ratings, None where unknown) belong to a 'gated' one;
+    the embedding; `objectives` names what a head of 'ratings', 'categories' or 'gated' gives;
+    `gate`, `temperature` and `scales` (of the ratings, None where unknown) belong to a 'gated' one;
     `hf_config` is config.json. To export a model that was not loaded, make one of these from a
     model type, a Config and a tokenizer.
     """
@@ -78,9 +78,9 @@ def load_pretrained(
 ) -> Pretrained:
     """A checkpoint from a folder, or from the hub when `path` is an id such as 'org/name'.
 
-    `kind` is 'reward', 'ratings' or 'causal_lm' (which need such a head) or 'backbone' (whose head
-    is not read). `dtype` converts; by default each array keeps its own. Raises ValueError for
-    anything missing, left over or not understood: nothing is ever filled in.
+    `kind` is 'reward', 'ratings', 'categories' or 'causal_lm' (which need such a head) or
+    'backbone' (whose head is not read). `dtype` converts; by default each array keeps its own.
+    Raises ValueError for anything missing, left over or not understood: nothing is ever filled in.
     """
     folder = resolve(path, revision)
     where = folder / hf.CONFIG
@@ -96,7 +96,7 @@ def load_pretrained(
     kept = None if kind == 'backbone' else head
     beside = bundle.read(folder, kept, tokenizer)
     unread = _unread_head(folder, files, head, kind, config)
-    names = hf_heads.objectives(where, found) if kind == 'ratings' else ()
+    names = hf_heads.objectives(where, found) if kind in hf_heads.PROBLEMS else ()
     sizes, temperature = _sizes(files, kept, max(len(names), 1)), None
     scales: tuple[Scale | None, ...] = ()
     if kept == 'gated':
@@ -155,7 +155,8 @@ def _unread_head(
     A reward head of another class than transformers' may stand on a whole language model.
     """
     lm_head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-    passed = [] if head in (None, 'lm_head', 'score', 'ratings', 'gated') else [lm_head]
+    plain = (None, 'lm_head', 'score', 'gated', *hf_heads.PROBLEMS)
+    passed = [] if head in plain else [lm_head]
     if kind == 'backbone':
         return [*passed, *hf_heads.of_head(head, files)]
     if not (head == 'lm_head' and config.tied and lm_head in files):
@@ -195,7 +196,7 @@ def export(
     head_kind = head_kind or hf_heads.chosen(head, like.head_kind, like.objectives)
     if head_kind not in hf.HEADS:
         raise ValueError(f'head_kind: {head_kind!r}, expected one of {sorted(hf.HEADS)}')
-    several = len(like.objectives) if head_kind in ('ratings', 'gated') else 1
+    several = len(like.objectives) if head_kind in ('gated', *hf_heads.PROBLEMS) else 1
     sizes = hf_heads.sizes(params, several)
     slots = hf.layout(backbones.family(like.model_type), like.config, head_kind, sizes)
     leaves = tree.flatten({part: x for part, x in params.items() if part != 'lora'})

@@ -35,6 +35,10 @@ class Scoring:
     answer, or what transformers reads."""
     chat_template: Path | None = None
     """File with another template than the model's own."""
+    route: Literal['predicted', 'gold', 'random'] | None = None
+    """Of a DMoERM, whose category decides: the router's, the record's own, or chance's."""
+    normalise: bool = False
+    """Of a DMoERM, bring the scores of all categories to one scale."""
     fsdp: int = 1
     """How many devices share out the weights, each with its part of a batch."""
     tensor: int = 1
@@ -178,26 +182,30 @@ def _scored(
     scores = [rm.score_prepared(each) for each in ready]
     about = {'base': base, **dataclasses.asdict(how), **results.about(rm)}
     render = functools.partial(rm.tokenizer.apply_chat_template, tokenize=False)
-    return scores, [results.lengths(each) for each in ready], about, render
+    return scores, [each.lengths() for each in ready], about, render
 
 
 def _scorer(model: str, base: str | None, how: Scoring) -> Any:
-    from jaxrm import chat, scorer, sharding
+    from jaxrm import chat, loading, sharding
 
     mesh = sharding.make_mesh(fsdp=how.fsdp, tensor=how.tensor)
-    rm = scorer.load(model, base=base, dtype=how.dtype, mesh=mesh)
+    rm = loading.load(model, base=base, dtype=how.dtype, mesh=mesh, normalise=how.normalise)
     if how.chat_template is None:
         return rm
-    return dataclasses.replace(rm, tokenizer=chat.with_template(rm.tokenizer, how.chat_template))
+    return rm.with_tokenizer(chat.with_template(rm.tokenizer, how.chat_template))
 
 
 def _prepared(rm: Any, found: Any, how: Scoring) -> Any:
+    routed = {} if how.route is None else {'route': how.route}
+    if routed and not hasattr(rm, 'router'):
+        raise ValueError(f'--route: found {how.route!r}, but this model has no router')
     return rm.prepare(
         found.records,
         max_length=how.max_length,
         overlong=how.truncate or 'error',
         pooling=how.pooling,
         where=found.where,
+        **routed,
     )
 
 

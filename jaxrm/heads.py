@@ -84,31 +84,63 @@ class _Uniform(nn.Module):
         return _plus(_product(z, kernel), self.param('bias', draw, (self.features,)))
 
 
+class Router(nn.Module):
+    """Logits of C categories by a prompt's feature, no bias: z [..., D] -> [..., C]."""
+
+    categories: int
+
+    @nn.compact
+    def __call__(self, z):
+        return _linear(self, z, self.categories, False)
+
+
+class Mixture(nn.Module):
+    """One reward of the features of E experts end to end: z [..., E x D] -> [...].
+
+    A linear map to `hidden` units, PReLU with one learned slope, a linear map, drawn as torch does
+    (DMoERM, arXiv 2403.01197, as in its released code, where `hidden` is D).
+    """
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, z):
+        h = _Uniform(self.hidden, name='hidden')(z)
+        slope = self.param('slope', nn.initializers.constant(0.25), (1,), jnp.float32)
+        h = jnp.where(h > 0, h, slope[0].astype(jnp.float32) * h)
+        return _Uniform(1, name='out')(h)[..., 0]
+
+
 class Gate(nn.Module):
     """Weights of J objectives by a prompt's feature: z [..., D] -> [..., J].
 
     softmax(MLP(z) / temperature) * scale, with `layers` hidden layers of rectified units and one
-    learned scale, which the weights sum to (arXiv 2406.12845, as in its released model). With
-    `axis` -2 the softmax is over the two rows of a pair, as in RLHFlow's public training script and
-    for comparison with it only: each weight is scale / 2 whatever the prompt, so that nothing but
-    the scale can learn. `dropout`, after each hidden layer, needs rngs={'dropout': key}.
+    learned scale, which the weights sum to (arXiv 2406.12845, as in its released model). `dropout`,
+    after each hidden layer, needs rngs={'dropout': key}.
+
+    `script_softmax` is for comparison with RLHFlow's public training script only, whose softmax is
+    over the two rows of a pair, [..., 2, D] -> [..., 2, J]. Both are of one prompt: but for dropout
+    each weight is scale / 2 whatever the prompt and the temperature, and only the scale learns.
     """
 
     objectives: int
     hidden: int = 1024
     layers: int = 3
     temperature: float = 10.0
-    axis: int = -1
+    script_softmax: bool = False
 
     @nn.compact
     def __call__(self, z, *, dropout=0.0):
+        if self.script_softmax and z.shape[-2:-1] != (2,):
+            raise ValueError(f'script_softmax: found features {z.shape}, expected rows of pairs')
         for i in range(self.layers):
             z = nn.relu(_Uniform(self.hidden, name=f'layer_{i}')(z))
             if dropout:
                 z = nn.Dropout(dropout, deterministic=False)(z)
         logits = _Uniform(self.objectives, name=f'layer_{self.layers}')(z)
         scale = self.param('scale', nn.initializers.ones, (1,), jnp.float32)
-        return nn.softmax(logits / self.temperature, axis=self.axis) * scale[0].astype(jnp.float32)
+        axis = -2 if self.script_softmax else -1
+        return nn.softmax(logits / self.temperature, axis=axis) * scale[0].astype(jnp.float32)
 
 
 class Parts(NamedTuple):
@@ -128,7 +160,8 @@ class Gated(nn.Module):
     """J linear ratings, weighed by the prompt: answer [..., M, D], prompt [..., D] -> [..., M].
 
     score = sum_j weight_j (rate @ transform)_j (arXiv 2406.12845); ratings are rows, a transform
-    that debiases has its penalties in one row (see `regress.transform`).
+    that debiases has its penalties in one row (see `regress.transform`). With a gate's
+    `script_softmax` M is 2, and the transform takes no part, as in the script.
     """
 
     gate: Gate
@@ -143,11 +176,11 @@ class Gated(nn.Module):
 
     def parts(self, answer, prompt, *, dropout=0.0) -> Parts:
         """The same, taken apart; see `Parts`."""
-        asked = prompt[..., None, :]
-        if self.gate.axis != -1:
-            asked = jnp.broadcast_to(asked, answer.shape)
+        asked, script = prompt[..., None, :], self.gate.script_softmax
+        if script:
+            asked = jnp.repeat(asked, answer.shape[-2], axis=-2)
         weight_MJ = self.gate(asked, dropout=dropout)
-        coefficient_MJ = _product(weight_MJ, self.transform.T)
+        coefficient_MJ = weight_MJ if script else _product(weight_MJ, self.transform.T)
         rate_MJ = self.regression(answer)
         return Parts(rate_MJ, weight_MJ, coefficient_MJ, (rate_MJ * coefficient_MJ).sum(-1))
 
@@ -191,6 +224,8 @@ def of(
         return LanguageModel(config.V, config.tied, config.logit_softcap)
     if kind == 'ratings':
         return MultiObjective(params['kernel'].shape[-1])
+    if kind == 'categories':
+        return Router(params['kernel'].shape[-1])
     if 'hidden' in params:
         return Perceptron(params['hidden']['kernel'].shape[-1])
     return Scalar(bias='bias' in params)

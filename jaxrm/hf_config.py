@@ -68,7 +68,7 @@ def check_against(
         raise ValueError(f'{where}: found {config.L} layers, but only {tensors} tensors')
     pad = found.get('pad_token_id')
     inside = pad is None or (type(pad) is int and 0 <= pad < config.V)
-    if kind in ('reward', 'ratings') and not inside:
+    if kind in ('reward', *hf_heads.PROBLEMS) and not inside:
         raise ValueError(f'{where}: pad_token_id is {pad!r}, expected an id below {config.V}')
 
 
@@ -81,8 +81,8 @@ def make(like: Any, head: str, sizes: hf_heads.Sizes, dtype: np.dtype) -> Any:
     ends = {k: getattr(like.tokenizer, k, None) for k in ('bos_token_id', 'eos_token_id')}
     values = {**ends, **kept, **backbones.family(like.model_type).config_to_hf(like.config)}
     if head != 'lm_head':
-        names = like.objectives if head == 'ratings' else ()
-        values |= {**hf_heads.labels(names), 'pad_token_id': _pad_id(like, values)}
+        names = like.objectives if head in hf_heads.PROBLEMS else ()
+        values |= {**hf_heads.labels(head, names), 'pad_token_id': _pad_id(like, values)}
     if head == 'gated':
         values |= hf_heads.gating_keys(sizes, like.temperature)
     bundle.check_vocabulary('tokenizer', like.tokenizer, like.config)
@@ -95,7 +95,7 @@ def make(like: Any, head: str, sizes: hf_heads.Sizes, dtype: np.dtype) -> Any:
 
 def _architectures(like: Any, head: str, family: str) -> list[str]:
     """The class that has such a head; of those that transformers lacks, the source's."""
-    if head in ('score', 'ratings'):
+    if head in ('score', *hf_heads.PROBLEMS):
         return [family + hf_heads.CLASSIFIER]
     if head == 'gated':
         return [f'{family}For{hf_heads.GATED}']

@@ -24,6 +24,7 @@ def _perceptron(name: str) -> dict[str, str]:
 HEADS: dict[str, dict[str, str]] = {
     'score': {'score.weight': 'kernel'},  # transformers' classifiers of one label
     'ratings': {'score.weight': 'kernel'},  # and of several, each a number
+    'categories': {'score.weight': 'kernel'},  # or of several, of which one is right
     'v_head': _linear('v_head'),  # InternLM2-reward
     'regression_head': _linear('regression_head'),  # Eurus-RM, UltraRM
     'score_head': _linear('score_head'),  # beaver
@@ -36,8 +37,10 @@ HEADS: dict[str, dict[str, str]] = {
     },
     'lm_head': {'lm_head.weight': 'kernel'},
 }
-REWARDS = tuple(kind for kind in HEADS if kind not in ('ratings', 'lm_head'))
-WANTED = {'reward': REWARDS, 'ratings': ('ratings',), 'causal_lm': ('lm_head',)}
+# What config.json says of a classifier with several labels.
+PROBLEMS = {'ratings': 'regression', 'categories': 'single_label_classification'}
+REWARDS = tuple(kind for kind in HEADS if kind not in (*PROBLEMS, 'lm_head'))
+WANTED = {'reward': REWARDS, 'causal_lm': ('lm_head',), **{kind: (kind,) for kind in PROBLEMS}}
 CLASSIFIER, CAUSAL, GATED = 'ForSequenceClassification', 'ForCausalLM', 'RewardModelWithGating'
 CLASSES = (CLASSIFIER, 'RewardModel', 'ForScore', GATED)  # endings of what has one of REWARDS
 
@@ -141,7 +144,8 @@ def chosen(head: Mapping[str, Any], kind: str | None, objectives: Collection[str
     A linear map is a classifier of transformers; any other head stays what it was.
     """
     if set(head) <= {'kernel'}:
-        return 'ratings' if objectives else 'score'
+        several = kind if kind in PROBLEMS else 'ratings'
+        return several if objectives else 'score'
     if 'transform' in head:
         return 'gated'
     if kind is None:
@@ -183,8 +187,8 @@ def find(where: Path, found: Mapping[str, Any], names: Collection[str], wanted: 
 
 def _gated(where: Path, found: Mapping[str, Any], names: Collection[str], wanted: str) -> str:
     """QRM declares the same class, but rates quantiles and normalises batches in its gate."""
-    if wanted == 'ratings':
-        raise ValueError(f'{where}: found a reward with a gate, expected a classifier of ratings')
+    if wanted in PROBLEMS:
+        raise ValueError(f'{where}: found a reward with a gate, expected a classifier of {wanted}')
     odd = [n for n in names if n.endswith('.running_mean')]
     odd = ['num_quantiles'] if 'num_quantiles' in found else sorted(odd)[:1]
     if odd and wanted == 'reward':
@@ -198,11 +202,11 @@ def _by_tensors(where: Path, names: Collection[str], wanted: str, plain: bool) -
     kinds: list[str | None] = [kind for kind, name in first.items() if name in names]
     if not kinds and (plain or wanted == 'backbone'):
         kinds = ['score'] if plain else [None]
-    if len(kinds) != 1 or (wanted == 'ratings' and kinds != ['score']):
+    if len(kinds) != 1 or (wanted in PROBLEMS and kinds != ['score']):
         here = [name for name in first.values() if name in names] or 'none'
-        want = [first['score']] if wanted == 'ratings' else sorted(first.values())
+        want = [first['score']] if wanted in PROBLEMS else sorted(first.values())
         raise ValueError(f'{where.parent}: heads: found {here}, expected exactly one of {want}')
-    return 'ratings' if wanted == 'ratings' else kinds[0]
+    return wanted if wanted in PROBLEMS else kinds[0]
 
 
 def _check_labels(where: Path, found: Mapping[str, Any], wanted: str) -> None:
@@ -210,12 +214,12 @@ def _check_labels(where: Path, found: Mapping[str, Any], wanted: str) -> None:
     if wanted == 'reward' and labels != 1:
         raise ValueError(f'{where}: found {labels} labels, expected 1 (several are ratings)')
     problem = found.get('problem_type')
-    if wanted == 'ratings' and problem not in (None, 'regression'):
-        raise ValueError(f"{where}: problem_type is {problem!r}, expected 'regression'")
+    if wanted in PROBLEMS and problem not in (None, PROBLEMS[wanted]):
+        raise ValueError(f'{where}: problem_type is {problem!r}, expected {PROBLEMS[wanted]!r}')
 
 
 def objectives(where: Path, found: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the ratings, from id2label."""
+    """The names of the ratings, or of the categories, from id2label."""
     labels = found.get('id2label')
     names = list(labels.values()) if isinstance(labels, dict) else []
     keys = sorted(labels) if isinstance(labels, dict) else []
@@ -224,13 +228,13 @@ def objectives(where: Path, found: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(labels[str(j)]) for j in range(len(names)))  # type: ignore[index]
 
 
-def labels(names: Collection[str]) -> dict[str, Any]:
-    """The keys of config.json that name the rewards; one without a name is LABEL_0."""
+def labels(kind: str, names: Collection[str]) -> dict[str, Any]:
+    """The keys of config.json that name what a head of this kind gives; without names, LABEL_0."""
     names = tuple(names) or ('LABEL_0',)
     if len(set(names)) < len(names):
         raise ValueError(f'objectives: found {names}, expected different names')
     return {
         'id2label': dict(enumerate(names)),
         'label2id': {name: j for j, name in enumerate(names)},
-        'problem_type': 'regression',
+        'problem_type': PROBLEMS.get(kind, 'regression'),
     }

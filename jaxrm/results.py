@@ -144,14 +144,6 @@ def about(rm: scorer.Scorer) -> dict[str, Any]:
     return {'template': template, 'compute_dtype': dtype, 'max_position': config.max_position}
 
 
-def lengths(ready: scorer.Prepared) -> list[np.ndarray]:
-    """int [M] of every record: the tokens of its answers."""
-    if ready.tokens is None:
-        return [np.zeros(0, int) for _ in ready.place]
-    found = evaluate.by_record(evaluate.lengths(ready.tokens), ready.tokens)
-    return [np.array([found[g][m] for g, m in at], int) for at in ready.place]
-
-
 def result(set: Set, lengths: Scores, scores: Scores, baseline: Scores | None = None) -> Result:
     """What is said of a set, overall and by subset."""
     model = _model(set, lengths, scores)

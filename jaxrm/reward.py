@@ -87,7 +87,7 @@ class RewardModel:
         return Features(answer_BMD, rearrange(prompt_PBD, 'p b d -> (p b) d'))
 
     def score(self, params: tree.Tree, pack: Pack, *, dropout=0.0, key=None) -> jax.Array:
-        """score_BM, float32."""
+        """score_BM, float32; of a Router, which reads prompts alone, logits [B, C]."""
         return self.rewards(params, self.features(params, pack, dropout=dropout, key=key))
 
     def rewards(self, params: tree.Tree, z: Features, *, dropout=0.0, key=None) -> jax.Array:
@@ -106,7 +106,8 @@ class RewardModel:
     def _head_inputs(self, params: tree.Tree, z: Features) -> tuple[tree.Tree, tuple]:
         if isinstance(self.head, heads.Gated):
             return {'params': {**params['head'], 'gate': params['gate']}}, z
-        return {'params': params['head']}, (z.answer_BMD,)
+        routes = isinstance(self.head, heads.Router)
+        return {'params': params['head']}, (z.prompt_BD if routes else z.answer_BMD,)
 
     def logits(self, params: tree.Tree, pack: Pack) -> jax.Array:
         """Next-token logits [P, N, V] of every stream token; the head is a LanguageModel."""
@@ -137,8 +138,8 @@ class RewardModel:
 
     def init_head(self, key: jax.Array, width: int) -> tree.Tree:
         """Fresh head parameters for features of this width, those of a gate not among them."""
-        zero = jnp.zeros((1, 1, width))
-        inputs = (zero, zero[0]) if isinstance(self.head, heads.Gated) else (zero,)
+        zero = jnp.zeros((1, 2, width))
+        inputs = (zero, zero[:, 0]) if isinstance(self.head, heads.Gated) else (zero,)
         made = self.head.init(key, *inputs).get('params', {})
         return {name: x for name, x in made.items() if name != 'gate'}
 

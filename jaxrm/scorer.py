@@ -26,7 +26,7 @@ from jaxrm import (
     tree,
 )
 from jaxrm.backbones import attention
-from jaxrm.data import Answer, DataError, Ids, Message, Preference
+from jaxrm.data import Answer, DataError, Message, Preference
 from jaxrm.explain import Explanation
 from jaxrm.regress import Scale
 from jaxrm.reward import RewardModel
@@ -46,6 +46,13 @@ class Prepared(NamedTuple):
     place: list[list[tuple[int, int]]]  # (row of `tokens`, candidate)
     where: Sequence[str]
 
+    def lengths(self) -> list[np.ndarray]:
+        """int [M] of every record: the tokens of its answers."""
+        if self.tokens is None:
+            return [np.zeros(0, int) for _ in self.place]
+        found = evaluate.by_record(evaluate.lengths(self.tokens), self.tokens)
+        return [np.array([found[g][m] for g, m in at], int) for at in self.place]
+
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
@@ -60,6 +67,10 @@ class Scorer:
     pad_id: int | None = None  # of config.json, by default the tokenizer's
     objectives: tuple[str, ...] = ()  # of a gated model
     scales: tuple[Scale | None, ...] = ()
+
+    def with_tokenizer(self, tokenizer: Any) -> 'Scorer':
+        """The same model, reading what this tokenizer makes of texts."""
+        return dataclasses.replace(self, tokenizer=tokenizer)
 
     def score(self, conversations: Sequence[Conversation], **options: Any) -> np.ndarray:
         """float32 [n], the reward of the last turn of each conversation.
@@ -80,30 +91,34 @@ class Scorer:
             kind = type(self.model.head).__name__
             raise ValueError(f'head: found {kind}, expected Gated: one number explains nothing')
         ready = self._conversations(conversations, options)
-        J = len(self.objectives)
-        found = [x_X for (x_X,) in self._found(self._taken_apart, ready)]
         return [
-            Explanation(float(x[-1]), self.objectives, self.scales, *x[:-1].reshape(3, J))
-            for x in found
+            Explanation(
+                float(found.score_M[0]),
+                self.objectives,
+                self.scales,
+                rate_J=found.rate_MJ[0],
+                weight_J=found.weight_MJ[0],
+                coefficient_J=found.coefficient_MJ[0],
+            )
+            for found in self.found(self._taken_apart, ready)
         ]
 
     def _conversations(
         self, conversations: Sequence[Conversation], options: Mapping[str, Any]
     ) -> Prepared:
-        if isinstance(conversations, str):
-            raise DataError('conversations: found a string, expected a list of conversations')
-        where = [f'conversation {i}' for i in range(len(conversations))]
-        records = [_record(c, w) for c, w in zip(conversations, where, strict=True)]
+        records, where = parsed(conversations)
         return self.prepare(records, where=where, **options)
 
     @functools.cached_property
-    def _taken_apart(self) -> Callable[..., jax.Array]:
-        """(params, pack) -> [B, M, 3J + 1]: ratings, weights, coefficients and the score."""
+    def _taken_apart(self) -> Callable[..., heads.Parts]:
+        """(params, pack) -> Parts, each with M answers."""
 
-        def parts(params: tree.Tree, pack: packing.Pack) -> jax.Array:
-            *each_J, score_BM = self.model.parts(params, pack)
-            wide_J = [jnp.broadcast_to(x_J, each_J[0].shape) for x_J in each_J]
-            return jnp.concatenate([*wide_J, score_BM[..., None]], axis=-1)
+        def parts(params: tree.Tree, pack: packing.Pack) -> heads.Parts:
+            found = self.model.parts(params, pack)
+            wide = lambda x_J: jnp.broadcast_to(x_J, found.rate_MJ.shape)  # noqa: E731
+            return found._replace(
+                weight_MJ=wide(found.weight_MJ), coefficient_MJ=wide(found.coefficient_MJ)
+            )
 
         return jax.jit(parts)
 
@@ -162,32 +177,44 @@ class Scorer:
         gated = isinstance(self.model.head, heads.Gated)
         if gate == 'marker' and not gated:
             raise ValueError("gate: found 'marker', but this model has no gate")
-        for record, name in zip(records if gated else (), where, strict=False):
-            if gate == 'structure' and isinstance(record.messages, str | Ids):
-                raise DataError(
-                    f'{name}: found plain text, expected messages, which show where the gate '
-                    "reads; gate='marker' looks for it in texts of a chat template and in ids"
-                )
+        if gated and gate == 'structure':
+            try:
+                marker.check_turns(records, where)
+            except DataError as error:
+                more = "gate='marker' looks for it in texts of a chat template and in ids"
+                raise DataError(f'{error}; {more}') from None
         return gate == 'marker'
 
     def score_prepared(self, ready: Prepared) -> list[np.ndarray]:
         """As `score_records`."""
-        return self._found(self.compiled, ready)
+        return self.found(self.compiled, ready)
 
-    def _found(self, compiled: Callable[..., jax.Array], ready: Prepared) -> list[np.ndarray]:
-        """What `compiled` gives for every response of every record, [M] or [M, ...]."""
+    def found(self, compiled: Callable[..., Any], ready: Prepared) -> list[Any]:
+        """What `compiled` gives for the responses of every record: [M], or trees of [M, ...]."""
         if ready.tokens is None:
             return [np.zeros(0, np.float32) for _ in ready.place]
         shape, packs = _shape(ready.tokens, self.model.backbone.config.D, self.mesh)
-        score_c = evaluate.candidate_scores(
+        found = evaluate.candidate_scores(
             compiled, self.params, ready.tokens, shape, mesh=self.mesh, packs=packs
         )
-        found = evaluate.by_record(score_c, ready.tokens)
-        scores = [np.array([found[g][m] for g, m in at], np.float32) for at in ready.place]
-        for score_M, where in zip(scores, ready.where, strict=True):
-            if not np.isfinite(score_M).all():
-                raise ValueError(f'{where}: found a score of {score_M.sum()}, expected a number')
-        return scores
+        out = []
+        for at, where in zip(ready.place, ready.where, strict=True):
+            candidate_M = np.array([ready.tokens.first[g] + m for g, m in at], int)
+            of_M = jax.tree.map(lambda x_c: x_c[candidate_M], found)  # noqa: B023
+            for x_M in jax.tree.leaves(of_M):
+                if not np.isfinite(x_M).all():
+                    raise ValueError(f'{where}: found a score of {x_M.sum()}, expected a number')
+            out.append(of_M)
+        return out
+
+
+def parsed(conversations: Sequence[Conversation]) -> tuple[list[Preference], list[str]]:
+    """Conversations as records of one answer, and what errors call them."""
+    if isinstance(conversations, str):
+        raise DataError('conversations: found a string, expected a list of conversations')
+    where = [f'conversation {i}' for i in range(len(conversations))]
+    records = [_record(c, w) for c, w in zip(conversations, where, strict=True)]
+    return records, where
 
 
 def _record(conversation: Conversation, where: str) -> Preference:
@@ -287,6 +314,8 @@ def load(
     config = found.config
     sharding.check_heads(mesh, num_attention_heads=config.Q, num_key_value_heads=config.K)
     compute = jnp.dtype(found.dtype)
+    if found.gate is not None and found.tokenizer.chat_template:
+        marker.check_template(found.tokenizer)
     family = backbones.family(found.model_type)
     of_head = {**(found.head or {}), **({'gate': found.gate} if found.gate else {})}
     model = RewardModel(

@@ -42,10 +42,13 @@ LEAVES = (
     (r'/(o|down)/b$', ('whole', 'width')),
     (r'head/(.+/)?kernel$', ('width', 'whole')),
     (r'head/(.+/)?bias$', ('whole',)),
+    (r'head/slope$', ('whole',)),
     (r'head/transform$', ('whole', 'whole')),
+    (r'prototypes/kernel$', ('width', 'whole')),
     (r'(^|/)share$', ('whole',)),
     (r'(^|/)gate/layer_\d+/kernel$', ('whole', 'whole')),
     (r'(^|/)gate/(layer_\d+/bias|scale)$', ('whole',)),
+    (r'(^|/)count$', ()),  # an optimiser's, one a member
 )
 
 

@@ -21,6 +21,8 @@ Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (mean, metrics); metrics['count'] says over how many the mean is taken
 Objective = Callable[[tree.Tree, Any, jax.Array], tuple[jax.Array, Metrics]]
 Hook = tuple[int, Callable[['int', 'State', Metrics], None]]
+# step(state, frozen, batch, key, *, objective, tx, ...) -> (state, metrics), such as `step`
+Step = Callable[..., tuple['State', Metrics]]
 
 
 class State(NamedTuple):
@@ -136,6 +138,25 @@ def regression(rate: Callable[..., jax.Array], *, dropout: float = 0.0) -> Objec
         loss_BMJ, here_BMJ = losses.regression(rate_BMJ, _merge(pack.rating_PBMJ))
         count = here_BMJ.sum()
         return loss_BMJ.sum() / jnp.maximum(count, 1), {'count': count}
+
+    return objective
+
+
+def classification(logits: Callable[..., jax.Array], *, dropout: float = 0.0) -> Objective:
+    """Objective: mean over the prompts of a group of -log softmax(logits)[group].
+
+    logits(params, pack) is [B, C], such as the score of a model with a Router head; the groups of
+    `pack` are numbered as its categories.
+    """
+
+    def objective(params: tree.Tree, pack: Pack, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        logits_BC = logits(params, pack, **_drop(dropout, key))
+        group_B = _merge(pack.group_PB)
+        there_B, count = group_B >= 0, (group_B >= 0).sum()
+        mean = lambda x_B: jnp.sum(x_B, where=there_B) / jnp.maximum(count, 1)  # noqa: E731
+        loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, group_B)
+        accuracy = mean((logits_BC.argmax(-1) == group_B).astype(jnp.float32))
+        return mean(loss_B), {'accuracy': accuracy, 'count': count}
 
     return objective
 
@@ -284,8 +305,8 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm; norms and vectors do not decay."""
-    vector = re.compile(r'norm|/bias$')  # by name: stacked layers have an axis more
+    """AdamW behind a clip of the global norm; norms, vectors and prototypes do not decay."""
+    vector = re.compile(r'norm|/bias$|^prototypes/')  # by name: stacked layers have an axis more
     decays = lambda params: tree.map_named(lambda name, x: not vector.search(name), params)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
@@ -326,7 +347,7 @@ def _prefetch(make: Callable[[int], Any], indices: Sequence[int], depth: int = 2
         thread.join()
 
 
-def jitted(state: State, mesh: Mesh, **options: Any) -> Callable[..., tuple[State, Metrics]]:
+def jitted(state: State, mesh: Mesh, *, step: Step = step, **options: Any) -> Step:
     """`step` with these options, compiled for the mesh; it donates its state."""
     out = sharding.shardings(state, mesh), sharding.everywhere(mesh)
     return jax.jit(partial(step, **options), donate_argnums=0, out_shardings=out)
@@ -342,16 +363,19 @@ def fit(
     tx: optax.GradientTransformation,
     mesh: Mesh,
     steps: int,
+    step: Step = step,
     microbatches: int = 1,
     hooks: Sequence[Hook] = (),
 ) -> State:
     """The state after `steps` steps in all; `state` is donated.
 
-    batches(i) is the batch of step i, on the host. A hook (every, fn) is called as
-    fn(steps done, state, metrics) after every so many steps; arrays are still on the device, and a
-    hook that reads the metrics just given waits for the step.
+    `step` makes one of them, with the signature of `train.step`; batches(i) is the batch of step i,
+    on the host. A hook (every, fn) is called as fn(steps done, state, metrics) after every so many
+    steps; arrays are still on the device, and a hook that reads the metrics just given waits for
+    the step.
     """
-    update = jitted(state, mesh, objective=objective, tx=tx, microbatches=microbatches)
+    options = {'objective': objective, 'tx': tx, 'microbatches': microbatches}
+    update = jitted(state, mesh, step=step, **options)
     frozen = sharding.place(frozen, mesh)
     indices = range(int(state.step), steps)
     load = lambda i: sharding.place_batch(batches(i), mesh)  # noqa: E731

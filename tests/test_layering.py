@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE, MAX_FUNCTION = 400, 60
-SHARED = {'common', 'devices', 'limits', 'scratch', 'armorm', 'gating'}  # by experiments
+SHARED = {'common', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales'}  # by experiments
 BAD_NAMES = {'utils', 'util', 'common', 'base', 'helpers', 'misc'}
 
 # A module imports from its own layer (without cycles) and from lower ones. '.*' is a subpackage.
@@ -25,6 +25,7 @@ LAYERS = {
     'cache': 0,
     'pooling': 0,
     'losses': 0,
+    'contrastive': 0,
     'heads': 0,
     'regress': 0,
     'explain': 0,
@@ -42,8 +43,11 @@ LAYERS = {
     'datasets.*': 1,
     'backbones.*': 2,
     'reward': 2,
+    'mixture': 2,
     'train': 3,
+    'views': 3,
     'checkpoint': 3,
+    'mixture_files': 3,
     'bundle': 3,
     'peft': 3,
     'hf': 3,
@@ -68,6 +72,8 @@ LAYERS = {
     'results': 4,
     'plan': 4,
     'scorer': 4,
+    'routed': 4,
+    'loading': 4,
     'cli': 5,
     '__init__': 6,
 }
@@ -79,6 +85,7 @@ MODELS = {'jaxrm.backbones', 'jaxrm.heads', 'jaxrm.reward'}
 NEVER = {
     'tree': {'jaxrm'},
     'losses': MODELS,
+    'contrastive': MODELS | {'jaxrm.train'},
     'heads': {'jaxrm.backbones'},
     'regress': {'jaxrm.backbones', 'jaxrm.train'},
     'sharding': MODELS,
