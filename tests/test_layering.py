@@ -17,6 +17,8 @@ LAYERS = {
     'tree': 0,
     'files': 0,
     'records': 0,
+    'places': 0,
+    'shards': 0,
     'layouts': 0,
     'data': 0,
     'chat': 0,
@@ -29,6 +31,7 @@ LAYERS = {
     'heads': 0,
     'regress': 0,
     'explain': 0,
+    'answers': 0,
     'version': 0,
     'intervals': 0,
     'statistics': 0,
@@ -58,6 +61,8 @@ LAYERS = {
     'logs': 3,
     'trackers': 3,
     'hub': 3,
+    'merge_config': 3,
+    'merge_files': 4,
     'meta': 4,
     'members': 4,
     'evaluate': 4,
@@ -66,6 +71,9 @@ LAYERS = {
     'rewardbench_rules': 4,
     'bestofn': 4,
     'judge': 4,
+    'judge_cache': 4,
+    'judge_client': 4,
+    'judge_endpoint': 4,
     'sandbox': 4,
     'report': 4,
     'comparison': 4,
@@ -109,7 +117,7 @@ NEVER_ANYWHERE = {'torch', 'torchvision', 'accelerate', 'experiments', 'tests'}
 NUMPY_ONLY = (
     'files', 'records', 'layouts', 'data', 'chat', 'tokens', 'cache', 'pooling', 'packing',
     'marker', 'explain', 'shapes', 'rewardbench', 'rewardbench_rules', 'intervals', 'statistics',
-    'datasets.*',
+    'datasets.*', 'bestofn', 'judge', 'judge_cache', 'judge_client', 'judge_endpoint',
 )  # fmt: skip
 
 
