@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE, MAX_FUNCTION = 400, 60
-SHARED = {'common', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales'}  # by experiments
+# What experiments share.
+SHARED = {'common', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales', 'variants'}
 BAD_NAMES = {'utils', 'util', 'common', 'base', 'helpers', 'misc'}
 
 # A module imports from its own layer (without cycles) and from lower ones. '.*' is a subpackage.
@@ -75,6 +76,7 @@ LAYERS = {
     'judge_client': 4,
     'judge_endpoint': 4,
     'sandbox': 4,
+    'sweep': 4,
     'report': 4,
     'comparison': 4,
     'results': 4,
