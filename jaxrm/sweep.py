@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     upwards, as it is a maximum over all shares.
     """
 
-    index: int
+    row: int
     share: float
     test: Interval  # accuracy at the chosen share
     unmerged: Interval  # and at share 0
@@ -76,15 +76,15 @@ def choose(
     if 0 not in shares:
         raise ValueError(f'shares: found {list(shares)}, expected 0 among them')
     first = shares.index(0)
-    index = best_of(shares, validation_Sn)
+    row = best_of(shares, validation_Sn)
     best = best_of(shares, test_Sm)
-    gap = np.nanmean(test_Sm[best]) - np.nanmean(test_Sm[index])
-    there_m = ~np.isnan(test_Sm[index])
+    gap = np.nanmean(test_Sm[best]) - np.nanmean(test_Sm[row])
+    there_m = ~np.isnan(test_Sm[row])
     names = None if prompts is None else [p for p, t in zip(prompts, there_m, strict=True) if t]
-    at, was = test_Sm[index][there_m], test_Sm[first][there_m]
+    at, was = test_Sm[row][there_m], test_Sm[first][there_m]
     return Choice(
-        index,
-        shares[index],
+        row,
+        shares[row],
         intervals.interval(at, prompts=names),
         intervals.interval(was, prompts=names),
         intervals.compare(at, was, prompts=names),

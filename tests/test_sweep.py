@@ -36,7 +36,7 @@ def records(*accuracy, n=40):
 def test_the_choice_is_made_on_validation_records():
     shares = [0.0, 0.5, 1.0]
     found = sweep.choose(shares, records(0.5, 0.8, 0.6), records(0.5, 0.7, 0.9))
-    assert (found.index, found.share, found.best) == (1, 0.5, 1.0)
+    assert (found.row, found.share, found.best) == (1, 0.5, 1.0)
     assert found.test.mean == pytest.approx(0.7)
     assert found.unmerged.mean == pytest.approx(0.5)
     assert found.gain.difference.mean == pytest.approx(0.2)
