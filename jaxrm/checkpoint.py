@@ -61,6 +61,15 @@ class Pretrained:
         return self.backbone['embed']['embedding'].dtype
 
 
+class Found(NamedTuple):
+    """A checkpoint before its arrays are read: `like` has none, `files` are by tensor."""
+
+    like: Pretrained
+    files: dict[str, Path]
+    slots: dict[str, hf.Slot]
+    sizes: hf_heads.Sizes
+
+
 class Adapter(NamedTuple):
     """A LoRA adapter: its tree, alpha / r, and what of a head and a tokenizer came with it."""
 
@@ -82,7 +91,16 @@ def load_pretrained(
     'backbone' (whose head is not read). `dtype` converts; by default each array keeps its own.
     Raises ValueError for anything missing, left over or not understood: nothing is ever filled in.
     """
-    folder = resolve(path, revision)
+    like, files, slots, _ = look(resolve(path, revision), kind)
+    params = hf.read(files, slots, dtype=dtype)
+    head = params.get('head', {}) if like.head_kind else None
+    return dataclasses.replace(
+        like, backbone=params['backbone'], head=head, gate=params.get('gate')
+    )
+
+
+def look(folder: Path, kind: str) -> Found:
+    """What `load_pretrained` finds in a folder before it reads the arrays."""
     where = folder / hf.CONFIG
     if (folder / hf.ADAPTER).exists() and not where.exists():
         raise ValueError(f'{folder}: holds an adapter; its base has to be given')
@@ -102,24 +120,21 @@ def load_pretrained(
     if kept == 'gated':
         sizes, temperature = hf_heads.gating(where, found)
         names, scales = bundle.objectives(folder, beside, sizes.rewards)
-    slots = hf.layout(family, config, kept, sizes)
-    params = hf.read(files, slots, ignored=unread, dtype=dtype)
     generation = folder / 'generation_config.json'
-    return Pretrained(
+    like = Pretrained(
         model_type=found['model_type'],
         config=config,
         tokenizer=tokenizer,
-        backbone=params['backbone'],
         head_kind=kept,
-        head=params.get('head', {}) if kept else None,
         objectives=names,
         hf_config=found,
         generation_config=hf.read_json(generation) if generation.exists() else None,
         bundle=beside,
-        gate=params.get('gate'),
         temperature=temperature,
         scales=scales,
     )
+    used = {n: f for n, f in files.items() if n not in unread and not hf.COMPUTED.search(n)}
+    return Found(like, used, hf.layout(family, config, kept, sizes), sizes)
 
 
 def resolve(path: str | os.PathLike, revision: str | None = None) -> Path:
@@ -203,7 +218,6 @@ def export(
     _check_leaves(leaves, _shapes(slots))
     dtypes = {name: np.dtype(dtype or leaf.dtype) for name, leaf in leaves.items()}
     config = hf_config.make(like, head_kind, sizes, dtypes['backbone/embed/embedding'])
-    ratings = bundle.ratings(like.objectives, like.scales) if head_kind == 'gated' else {}
     adapters = tree.flatten({'lora': params.get('lora', {})})
     _check_leaves(adapters, _shapes(peft.slots_of_leaves(slots, adapters)))
 
@@ -214,16 +228,28 @@ def export(
 
     def write() -> None:
         with hf.whole(path, overwrite) as folder:
-            config.save_pretrained(folder)
-            if head_kind == 'lm_head':
-                _generation(like, config).save_pretrained(folder)
-            if like.tokenizer is not None:
-                like.tokenizer.save_pretrained(folder)
-            beside = bundle.make(head_kind, like.tokenizer, provenance, like.bundle)
-            hf.write_json(folder / bundle.FILE, beside | ratings)
             hf.write(folder, slots, value, dtypes, limit=max_shard_bytes)
+            write_beside(folder, like, config, head_kind, provenance)
 
     processes.alone(write)
+
+
+def write_beside(
+    folder: Path,
+    like: Pretrained,
+    config: Any,
+    head_kind: str,
+    provenance: Mapping[str, Any] | None,
+) -> None:
+    """All but the tensors, config.json last; `config` is of hf_config.make."""
+    if head_kind == 'lm_head':
+        _generation(like, config).save_pretrained(folder)
+    if like.tokenizer is not None:
+        like.tokenizer.save_pretrained(folder)
+    ratings = bundle.ratings(like.objectives, like.scales) if head_kind == 'gated' else {}
+    beside = bundle.make(head_kind, like.tokenizer, provenance, like.bundle)
+    hf.write_json(folder / bundle.FILE, beside | ratings)
+    config.save_pretrained(folder)
 
 
 def _shapes(slots: Mapping[str, hf.Slot]) -> dict[str, tuple[int, ...]]:

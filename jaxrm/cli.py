@@ -168,6 +168,55 @@ def evaluate(
     processes.alone(write)
 
 
+def merge(
+    recipe: Path,
+    output: str | None = None,
+    /,
+    *,
+    check: bool = False,
+    max_shard_size: str = '5GB',
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Merge checkpoints by a recipe: reward models with one another, or with language models.
+
+    Reads mergekit's YAML, and `reward_head`, which says whose head the result has. Writes a folder
+    that transformers loads; it appears when everything is done.
+
+    Args:
+        recipe: YAML file; its paths are relative to it.
+        output: Folder to write.
+        check: Say what would be done, from settings and headers alone.
+        max_shard_size: Of a file of weights, such as 5GB or 500MB.
+        seed: Of methods that draw at random.
+        overwrite: Replace the folder of another checkpoint.
+    """
+    from rich.progress import Progress
+
+    from jaxrm import merge_files, merge_plan
+
+    limit = merge_files.shard_size(max_shard_size)
+    if output is None and not check:
+        raise ValueError('output: found nothing, expected a folder to write, or --check')
+    plan = merge_plan.prepare(recipe)
+    if output is not None:
+        merge_files.check_target(plan, output, overwrite=overwrite)
+    if output is not None and not check:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            step = functools.partial(bar.advance, bar.add_task('merging', total=len(plan.steps)))
+            merge_files.write(
+                plan,
+                output,
+                max_shard_bytes=limit,
+                seed=seed,
+                overwrite=overwrite,
+                done=lambda name: step(),
+            )
+    said = '\n'.join(merge_files.describe(plan, limit))
+    print(said, file=sys.stdout if check else sys.stderr)
+
+
 def _scored(
     model: str, sets: Any, how: Scoring, *, base: str | None = None, say: bool = False
 ) -> tuple[Any, Any, dict[str, Any], Any]:
@@ -280,8 +329,9 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
 
 def main() -> None:
     """Entry point: wrong input ends with status 2 and one line."""
+    verbs: dict[str, Any] = {'score': score, 'evaluate': evaluate, 'merge': merge}
     try:
-        tyro.extras.subcommand_cli_from_dict({'score': score, 'evaluate': evaluate}, prog='jaxrm')
+        tyro.extras.subcommand_cli_from_dict(verbs, prog='jaxrm')
     except (ValueError, OSError) as error:
         line = ' '.join(str(error).split())
         print(f'jaxrm: {line}', file=sys.stderr)

@@ -1,14 +1,14 @@
 """Tensors of Hugging Face folders: their names, their leaves in the parameter tree, their files."""
 
 import contextlib
+import functools
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,10 +17,8 @@ import jax
 import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of numpy)
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from jaxrm import hf_heads, packing, tree
+from jaxrm import hf_heads, packing, shards, tree
 from jaxrm.backbones.layers import Config
 from jaxrm.hf_heads import HEADS as HEADS
 from jaxrm.hf_heads import SCALAR, Sizes
@@ -77,6 +75,7 @@ def layout(
     return out | head_layout(head, config, sizes)
 
 
+@functools.lru_cache(64)
 def _backbone_shapes(family: ModuleType, config: Config) -> dict[str, tuple[int, ...]]:
     one_token = packing.padded(None, (), (1, 1))  # type: ignore[arg-type]  # no record is read
     variables = jax.eval_shape(family.Backbone(config).init, jax.random.key(0), one_token)
@@ -93,7 +92,7 @@ def find(folder: Path, stem: str = 'model') -> dict[str, Path]:
     """
     single, index = folder / f'{stem}.safetensors', folder / f'{stem}.safetensors.index.json'
     if single.exists():
-        return dict.fromkeys(_names(single), single)
+        return dict.fromkeys(shards.entries(single), single)
     if not index.exists():
         pickles = sorted(p.name for p in folder.glob('*.bin'))
         hint = f'{pickles}, which are pickles and are not read' if pickles else 'neither'
@@ -105,7 +104,7 @@ def find(folder: Path, stem: str = 'model') -> dict[str, Path]:
         if Path(shard).name != shard or not (folder / shard).exists():
             raise ValueError(f'{index}: names {shard!r}, expected a file beside it')
         here = {name for name, file in listed.items() if file == shard}
-        if odd := here ^ set(_names(folder / shard)):
+        if odd := here ^ set(shards.entries(folder / shard)):
             raise ValueError(f'{folder / shard}: {sorted(odd)[:5]} only here or only in the index')
     return {name: folder / shard for name, shard in listed.items()}
 
@@ -123,19 +122,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read(
-    files: Mapping[str, Path],
-    slots: Mapping[str, Slot],
-    *,
-    ignored: Collection[str] = (),
-    dtype: Any = None,
-) -> tree.Tree:
+def read(files: Mapping[str, Path], slots: Mapping[str, Slot], *, dtype: Any = None) -> tree.Tree:
     """The tree that `slots` describes, as numpy arrays in their stored dtype or in `dtype`.
 
-    One tensor at a time goes into preallocated stacks. Raises ValueError listing the missing and
-    unexpected tensors, or a file's misshapen ones, or naming one that holds NaN or infinity.
+    One tensor at a time goes into preallocated stacks. Raises ValueError as `entries` does, and
+    naming a tensor that holds NaN or infinity.
     """
-    files = {n: f for n, f in files.items() if n not in ignored and not COMPUTED.search(n)}
+    leaves: dict[str, np.ndarray] = {}
+    for name, entry in entries(files, slots).items():
+        _put(leaves, f'{entry.file}: {name}', slots[name], shards.read(entry), dtype)
+    return tree.unflatten(leaves)
+
+
+def entries(files: Mapping[str, Path], slots: Mapping[str, Slot]) -> dict[str, shards.Entry]:
+    """Where each tensor lies, file by file.
+
+    Raises ValueError listing the missing and unexpected tensors, or a file's misshapen ones.
+    """
+    files = {n: f for n, f in files.items() if not COMPUTED.search(n)}
     problems = [
         f'{n}: found nothing, expected {list(s.on_disk)}'
         for n, s in slots.items()
@@ -145,33 +149,29 @@ def read(
         f'{n}: found in {files[n].name}, expected no such tensor' for n in files.keys() - slots
     ]
     _raise(files, problems)
-    leaves: dict[str, np.ndarray] = {}
-    for path, names in _by_file(files):
-        with _opened(path) as file:
-            problems = [p for n in names for p in _wrong(n, file.get_slice(n), slots[n])]
-            _raise(files, problems)
-            for name in names:
-                _put(leaves, f'{path}: {name}', slots[name], file.get_tensor(name), dtype)
-    return tree.unflatten(leaves)
+    out: dict[str, shards.Entry] = {}
+    for path in sorted(set(files.values())):
+        here = {n: e for n, e in shards.entries(path).items() if files.get(n) == path}
+        _raise(files, [p for n, e in here.items() for p in _wrong(n, e, slots[n])])
+        out |= here
+    return out
 
 
 def read_one(files: Mapping[str, Path], name: str) -> np.ndarray:
     """One tensor as it is on disk."""
-    with _opened(files[name]) as file:
-        return file.get_tensor(name)
+    return shards.read(shards.entries(files[name])[name])
 
 
 def shape_on_disk(files: Mapping[str, Path], name: str) -> tuple[int, ...]:
     """Of one tensor, from its file's header."""
-    with _opened(files[name]) as file:
-        return tuple(file.get_slice(name).get_shape())
+    return shards.entries(files[name])[name].shape
 
 
-def _wrong(name: str, header: Any, slot: Slot) -> Iterator[str]:
-    if tuple(header.get_shape()) != slot.on_disk:
-        yield f'{name}: found shape {header.get_shape()}, expected {list(slot.on_disk)}'
-    if header.get_dtype() not in DTYPES:
-        yield f'{name}: found dtype {header.get_dtype()}, expected one of {sorted(DTYPES)}'
+def _wrong(name: str, entry: shards.Entry, slot: Slot) -> Iterator[str]:
+    if entry.shape != slot.on_disk:
+        yield f'{name}: found shape {list(entry.shape)}, expected {list(slot.on_disk)}'
+    if entry.dtype not in DTYPES:
+        yield f'{name}: found dtype {entry.dtype}, expected one of {sorted(DTYPES)}'
 
 
 def _put(leaves: dict[str, np.ndarray], what: str, slot: Slot, x: np.ndarray, dtype: Any) -> None:
@@ -181,7 +181,7 @@ def _put(leaves: dict[str, np.ndarray], what: str, slot: Slot, x: np.ndarray, dt
         leaf = leaves[slot.leaf] = np.empty(slot.shape, dtype or x.dtype)
     if dtype is None and leaf.dtype != x.dtype:
         raise ValueError(f'{what}: found {x.dtype}, other layers are {leaf.dtype}; give a dtype')
-    y = _cast(what, x, leaf.dtype)
+    y = cast(what, x, leaf.dtype)
     _fill(leaf[... if slot.layer is None else slot.layer], y, slot.transposed)
 
 
@@ -194,7 +194,7 @@ def _fill(out: np.ndarray, x: np.ndarray, transposed: bool) -> None:
         out[:, i : i + 16] = x[i : i + 16].T
 
 
-def _cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """x as dtype; raises ValueError when a value is, or becomes, infinite or NaN."""
     with np.errstate(over='ignore'):
         y = x.astype(dtype, copy=False)
@@ -211,25 +211,6 @@ def _raise(files: Mapping[str, Path], problems: list[str]) -> None:
         raise ValueError('\n  '.join([f'{folder}: tensors', *sorted(problems)[:8], *more]))
 
 
-def _by_file(files: Mapping[str, Path]) -> Iterator[tuple[Path, list[str]]]:
-    for path in sorted(set(files.values())):
-        yield path, [name for name, file in files.items() if file == path]
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework='numpy') as file:
-            yield file
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f'{path}: not a readable safetensors file: {e}') from e
-
-
-def _names(path: Path) -> list[str]:
-    with _opened(path) as file:
-        return list(file.keys())
-
-
 # Writing
 
 
@@ -244,26 +225,14 @@ def write(
 ) -> None:
     """Writes the tensors as transformers does: one file, or shards of at most `limit` bytes.
 
-    `value(slot)` is the tensor as it stands in the tree, `dtypes` what its leaf is stored in; one
-    shard of them is held at a time. A tensor beyond the limit has a shard of its own.
+    `value(slot)` is the tensor as it stands in the tree, `dtypes` what its leaf is stored in.
     """
     for leaf, dtype in dtypes.items():
         if dtype.name not in DTYPES.values():
             raise ValueError(f'{leaf}: found {dtype}, expected one of {sorted(DTYPES.values())}')
-    size = {n: math.prod(s.on_disk) * dtypes[s.leaf].itemsize for n, s in slots.items()}
-    shards = _shards(size, limit)
-    files = [f'{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
-    if len(shards) == 1:
-        files = [f'{stem}.safetensors']
-    for file, names in zip(files, shards, strict=True):
-        _save(folder / file, {n: _tensor(n, slots[n], value, dtypes) for n in names})
-    if len(shards) > 1:
-        count = sum(math.prod(slot.on_disk) for slot in slots.values())
-        total = {'total_parameters': count, 'total_size': sum(size.values())}
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(
-            folder / f'{stem}.safetensors.index.json', {'metadata': total, 'weight_map': where}
-        )
+    tensors = {n: (s.on_disk, dtypes[s.leaf]) for n, s in slots.items()}
+    made = lambda name: _tensor(name, slots[name], value, dtypes)  # noqa: E731
+    shards.write(folder, tensors, made, limit=limit, stem=stem)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -275,38 +244,10 @@ def _tensor(
     name: str, slot: Slot, value: Callable[[Slot], np.ndarray], dtypes: Mapping[str, np.dtype]
 ) -> np.ndarray:
     """A tensor as it goes on disk; contiguous, as the writer takes the bytes as they lie."""
-    x = _cast(name, value(slot), dtypes[slot.leaf])
+    x = cast(name, value(slot), dtypes[slot.leaf])
     out = np.empty(slot.on_disk, x.dtype)
     _fill(out, x, slot.transposed)
     return out
-
-
-def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # safetensors leaves its files readable by their owner only
-    save_file(tensors, path, metadata={'format': 'pt'})
-    path.chmod(mode)
-
-
-def _shards(size: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in natural order, cut where the next one would pass the limit."""
-    shards: list[list[str]] = []
-    current: list[str] = []
-    used = 0
-    for name in sorted(size, key=_natural):
-        if size[name] > limit:
-            shards.append([name])
-            continue
-        if used + size[name] > limit:
-            shards.append(current)
-            current, used = [], 0
-        current.append(name)
-        used += size[name]
-    return [*shards, current] if current else shards
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in name.split('.')]
 
 
 @contextlib.contextmanager

@@ -320,7 +320,7 @@ def test_overwriting_is_asked_for_and_whole(tmp_path, monkeypatch):
         raise OSError('disk full')
 
     with monkeypatch.context() as m:
-        m.setattr(hf, 'save_file', fail)
+        m.setattr(hf.shards, 'write', fail)
         with pytest.raises(OSError, match='disk full'):
             checkpoint.export(out, parts(p), p, overwrite=True)
     assert sorted(f.name for f in out.iterdir()) == before

@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE, MAX_FUNCTION = 400, 60
 # What experiments share.
-SHARED = {'common', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales', 'variants'}
+SHARED = {
+    'common', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales',
+    'variants', 'separation', 'shifted', 'secrets', 'dogerm', 'generations',
+    'dmoerm', 'dmoerm_phases', 'dmoerm_arms', 'dmoerm_samples', 'dmoerm_tables',
+}  # fmt: skip
 BAD_NAMES = {'utils', 'util', 'common', 'base', 'helpers', 'misc'}
 
 # A module imports from its own layer (without cycles) and from lower ones. '.*' is a subpackage.
@@ -18,11 +22,13 @@ LAYERS = {
     'tree': 0,
     'files': 0,
     'records': 0,
+    'annotations': 0,
     'places': 0,
     'shards': 0,
     'layouts': 0,
     'data': 0,
     'chat': 0,
+    'chat_templates': 0,
     'tokens': 0,
     'marker': 0,
     'cache': 0,
@@ -42,7 +48,11 @@ LAYERS = {
     'processes': 1,
     'lora': 1,
     'merge': 1,
+    'merge_dense': 1,
+    'merge_sparse': 1,
+    'vocabulary': 1,
     'strength': 1,
+    'rounds': 1,
     'baselines': 1,
     'datasets.*': 1,
     'backbones.*': 2,
@@ -63,6 +73,8 @@ LAYERS = {
     'trackers': 3,
     'hub': 3,
     'merge_config': 3,
+    'merge_steps': 3,
+    'merge_plan': 4,
     'merge_files': 4,
     'meta': 4,
     'members': 4,
@@ -71,6 +83,7 @@ LAYERS = {
     'rewardbench': 4,
     'rewardbench_rules': 4,
     'bestofn': 4,
+    'autoj': 4,
     'judge': 4,
     'judge_cache': 4,
     'judge_client': 4,
@@ -78,6 +91,7 @@ LAYERS = {
     'sandbox': 4,
     'sweep': 4,
     'report': 4,
+    'strength_report': 4,
     'comparison': 4,
     'results': 4,
     'plan': 4,
@@ -117,9 +131,10 @@ NEVER = {
 NEVER_ANYWHERE = {'torch', 'torchvision', 'accelerate', 'experiments', 'tests'}
 # Not even by way of another module.
 NUMPY_ONLY = (
-    'files', 'records', 'layouts', 'data', 'chat', 'tokens', 'cache', 'pooling', 'packing',
-    'marker', 'explain', 'shapes', 'rewardbench', 'rewardbench_rules', 'intervals', 'statistics',
-    'datasets.*', 'bestofn', 'judge', 'judge_cache', 'judge_client', 'judge_endpoint',
+    'files', 'records', 'annotations', 'strength', 'layouts', 'data', 'chat', 'tokens', 'cache',
+    'pooling', 'packing', 'marker', 'explain', 'shapes', 'rewardbench', 'rewardbench_rules',
+    'intervals', 'statistics', 'datasets.*', 'bestofn', 'autoj', 'judge', 'judge_cache',
+    'judge_client', 'judge_endpoint', 'rounds',
 )  # fmt: skip
 
 
