@@ -2,27 +2,29 @@
 
 The method is that of arXiv 2406.12845: ratings of an answer by ridge regression on the features of
 a frozen reward model, freed from a liking for length, and weighed by a gate that reads the prompt.
-The gate is in `gating`.
+The gate is in `gating`, the numbers that raters use in `scales`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments import common, devices
+from experiments import common, devices, scales
 from jaxrm import (
     backbones,
     bundle,
     checkpoint,
     data,
+    evaluate,
     features,
     heads,
     hf,
     hf_heads,
+    marker,
     processes,
     regress,
     resume,
@@ -41,7 +43,10 @@ HELD = 0.2  # of the prompts, to choose penalties by, and to test with where the
 
 
 class Sources(NamedTuple):
-    """What unset flags mean. Names are files or hub ids; columns hold one rating each."""
+    """What unset flags mean. Names are files or hub ids; columns hold one rating each.
+
+    `scales` are those of the raters of ratings that are in (0, 1) already: to tell ratings by.
+    """
 
     model: str
     verbosity: str  # the objective that stands for length
@@ -50,6 +55,7 @@ class Sources(NamedTuple):
     test: str | None = None  # by default held-out pairs
     reference: str | None = None  # pairs on which length and ratings are compared; else `pairs`
     columns: tuple[str, ...] = ()
+    scales: Mapping[str, regress.Scale] = {}
 
 
 PRESETS = {
@@ -62,6 +68,7 @@ PRESETS = {
         pairs='RLHFlow/pair_data_v2_80K_wsafety',  # chosen, rejected
         reference='RLHFlow/UltraFeedback-preference-standard',  # chosen, rejected
         columns=hf_heads.OBJECTIVES,
+        scales={n: s for n, s in zip(hf_heads.OBJECTIVES, hf_heads.SCALES, strict=True) if s},
     ),
 }
 
@@ -78,6 +85,7 @@ class Data(devices.Devices):
     dataset_reference: str | None = None
     rating_columns: tuple[str, ...] = ()
     rating_scales: tuple[str, ...] = ()  # such as verbosity=0:4, of ratings not in (0, 1) yet
+    stored_scales: tuple[str, ...] = ()  # the same of ratings in (0, 1), to tell them by later
     verbosity: str | None = None
     chat: bool = False  # plain strings become a user and an assistant turn
     max_length: int | None = None  # longer records are dropped and counted
@@ -121,6 +129,7 @@ def sets(c: Data, tokenizer: Any, names: Sequence[str]) -> dict[str, Set]:
     s = c.sources
     if (s.ratings is None) != (s.pairs is None):
         raise ValueError('dataset_ratings, dataset_pairs: found one of them, expected both or none')
+    marker.check_template(tokenizer)
     records, objectives = world(c) if s.ratings is None else read(c, s, names)
     out = {}
     for name in names:
@@ -135,26 +144,54 @@ def sets(c: Data, tokenizer: Any, names: Sequence[str]) -> dict[str, Set]:
 
 
 def read(c: Data, s: Sources, names: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The named sets from their files, and the objectives."""
+    """The named sets from the files that they need, and the objectives.
+
+    Raises DataError for pairs without a user turn, at whose end a gate would read, and for ratings
+    that are not on their scale.
+    """
 
     def load(name: str | None, columns: Sequence[str] = ()) -> data.Loaded:
         found = data.load(str(name), chat=c.chat, rating_columns=columns)
         common.console.print(found.mapping)
         return found
 
+    def turns(name: str | None) -> list[Preference]:
+        found = load(name)
+        marker.check_turns(found.records, found.where)
+        return found.records
+
     out, objectives = {}, ()
     if 'ratings' in names:
         found = load(s.ratings, s.columns)
+        scales.check(found, scales.given(c.rating_scales, found.objectives))
         out['ratings'], objectives = found.records, found.objectives
-    if 'reference' in names and s.reference:
-        out['reference'] = load(s.reference).records
-    pairs = load(s.pairs).records
-    if s.test:
-        out |= {'pairs': pairs, 'test': load(s.test).records}
-    else:
-        parts = data.split_by_prompt(pairs, HELD, seed=c.seed)
-        out |= {n: [pairs[i] for i in p] for n, p in zip(('pairs', 'test'), parts, strict=True)}
-    return {'reference': out['pairs'], **out}, objectives
+    own = {'test': s.test, 'reference': s.reference}
+    out |= {name: turns(path) for name, path in own.items() if path and name in names}
+    if {'pairs', *(name for name, path in own.items() if not path)} & set(names):
+        pairs = turns(s.pairs)
+        share = 0 if s.test else HELD
+        parts = data.split_by_prompt(pairs, share, seed=c.seed)
+        kept, held = ([pairs[i] for i in part] for part in parts)
+        out = {'pairs': kept, 'test': held, 'reference': kept} | out
+    return out, objectives
+
+
+def apart(found: Mapping[str, Set]) -> tuple[Set, dict[str, int]]:
+    """The test set without the prompts of the other sets, and how many records each set takes.
+
+    Raises ValueError where nothing is left.
+    """
+    test = found['test']
+    asked = evaluate.prompts(test.records)
+    count, seen = {}, np.zeros(len(asked), bool)
+    for name in (name for name in found if name != 'test'):
+        there = set(evaluate.prompts(found[name].records))
+        here = np.array([prompt in there for prompt in asked])
+        count[name], seen = int(here.sum()), seen | here
+    (left,) = np.nonzero(~seen[test.tokens.record])
+    if not len(left):
+        raise ValueError(f'test: found every prompt in {sorted(count)} too, expected others')
+    return test._replace(tokens=tokens.select(test.tokens, left)), count
 
 
 def world(c: Data) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -249,49 +286,42 @@ class Objectives(NamedTuple):
     after_J: Array
 
 
-def regressed(c: Data, rated: Set) -> regress.Ridge:
-    """Ridge regression of each objective; a fifth of the prompts chooses the penalties."""
+def regressed(c: Data, rated: Set, *, shared_alpha: bool = False) -> regress.Ridge:
+    """Ridge regression of each objective; a fifth of the prompts chooses the penalties.
+
+    With `shared_alpha` one penalty for all, that with the least mean error over the objectives.
+    """
     _, held = data.split_by_prompt(rated.records, HELD, seed=c.seed)
     count = np.diff(rated.tokens.first)
     held_c = np.repeat(np.isin(rated.tokens.record, held), count)
-    label_cJ = scaled(c, rated.tokens.rating, rated.objectives)
-    parts = ((p.candidate_c, p.answer_cD) for p in features.parts(c.features, rated.tokens))
-    return regress.ridge(parts, label_cJ, held_c, names=rated.objectives)
+    of = scales.given(c.rating_scales, rated.objectives)
+    label_cJ = scales.normalised(rated.tokens.rating, rated.objectives, of)
+
+    def fit(**options: Any) -> regress.Ridge:
+        parts = ((p.candidate_c, p.answer_cD) for p in features.parts(c.features, rated.tokens))
+        return regress.ridge(parts, label_cJ, held_c, names=rated.objectives, **options)
+
+    found = fit()
+    if not shared_alpha:
+        return found
+    return fit(alphas=(regress.ALPHAS[found.mse_JA.mean(0).argmin()],))
 
 
-def scaled(c: Data, rating_cJ: Array, names: Sequence[str]) -> Array:
-    """Ratings in (0, 1), those on a scale of their own by `rating_scales`."""
-    out = np.array(rating_cJ, np.float64)
-    for name, scale in scales(c, names).items():
-        out[:, list(names).index(name)] = scale.normalised(out[:, list(names).index(name)])
-    return out
-
-
-def scales(c: Data, names: Sequence[str]) -> dict[str, regress.Scale]:
-    """The raters' scales by objective, of those that are known."""
-    found = {}
-    for text in c.rating_scales:
-        name, _, ends = text.partition('=')
-        low, _, high = ends.partition(':')
-        try:
-            found[name] = regress.Scale(float(low), float(high))
-        except ValueError:
-            raise ValueError(f'--rating_scales: found {text!r}, expected name=low:high') from None
-        if name not in names:
-            raise ValueError(f'--rating_scales: found {name!r}, expected one of {list(names)}')
-    return found
-
-
-def objectives(c: Data, rated: Set, reference: Set, *, debias: bool = True) -> Objectives:
+def objectives(
+    c: Data, rated: Set, reference: Set, *, debias: bool = True, shared_alpha: bool = False,
+    correlation: Callable[[Array, Array], Array] = regress.spearman,
+) -> Objectives:  # fmt: skip
     """Both closed-form fits: the ratings, and what of verbosity to take from each."""
     names, verbosity = rated.objectives, c.sources.verbosity
     if verbosity not in names:
         raise ValueError(f'--verbosity: found {verbosity!r}, expected one of {list(names)}')
-    fitted, v = regressed(c, rated), names.index(verbosity)
+    fitted, v = regressed(c, rated, shared_alpha=shared_alpha), names.index(verbosity)
     reward_cJ = np.empty((len(reference.tokens.length), len(names)), np.float32)
     for part in features.parts(c.features, reference.tokens):
         reward_cJ[part.candidate_c] = part.answer_cD.astype(np.float32) @ fitted.weight_JD.T
-    penalty_J = regress.penalties(reward_cJ, v) if debias else np.zeros(len(names))
+    penalty_J = np.zeros(len(names))
+    if debias:
+        penalty_J = regress.penalties(reward_cJ, v, correlation=correlation)
     T_JJ = regress.transform(penalty_J, v)
     before_J, after_J = (
         regress.spearman(x_cJ, reward_cJ[:, v]) for x_cJ in (reward_cJ, reward_cJ @ T_JJ)

@@ -7,7 +7,8 @@ Expect:  of the tiny decoder of the synthetic world, most of the variance of wha
 
 Each objective has its own penalty, chosen on a fifth of the prompts (the public script holds out a
 fifth of the answers, so that a prompt may be on both sides); a missing rating takes no part. Writes
-head.safetensors (the regression and the transform) and result.json into output_dir.
+head.safetensors (the regression and the transform) and result.json into output_dir. A rating that
+is not in (0, 1) needs a --rating_scales; the raters' scales are stored with the head.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from experiments import armorm, common
+from experiments import armorm, common, scales
 from jaxrm import processes, tree
 
 
@@ -32,9 +33,10 @@ def main(c: Config) -> None:
     if common.finished(c):
         return
     found = armorm.sets(c, armorm.tokenizer(c), ('ratings', 'reference'))
+    kept = scales.stored(c, found['ratings'].objectives)
     fitted = armorm.objectives(c, found['ratings'], found['reference'], debias=c.debias)
     result = table(fitted)
-    ends = {name: list(scale) for name, scale in armorm.scales(c, fitted.names).items()}
+    ends = {name: [scale.low, scale.high] for name, scale in kept.items()}
     processes.alone(lambda: write(c.output_dir / 'head.safetensors', fitted))
     flags = common.identity(c)
     made = {'names': fitted.names, 'objectives': result, 'scales': ends, 'flags': flags}

@@ -3,7 +3,7 @@
 Run:     JAXRM_DATA=DIR python -m experiments.real_data          # whose frozen decoder this reads
          JAXRM_DATA=DIR python -m experiments.armorm_real        # what is missing, then the tables
          python -m experiments.armorm_real --only_table          # from its folder of results
-Cost:    minutes on two CPU cores, after the first line
+Cost:    half a minute of work of a CPU core, after the first line and the decoder's pass
 Expect:  the tables of real data below the gate's in BENCHMARKS.md
 
 Two objectives, truthful and informative, are fitted to one file of answers and tested on another
@@ -19,12 +19,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import armorm, common, devices, gating
-from jaxrm import evaluate, features, intervals, regress, tokens, tree
+from jaxrm import evaluate, features, intervals, regress, tokens
 
 Array = np.ndarray
 SETS = ('hh_harmless', 'qa_feedback')
@@ -44,8 +44,18 @@ class Config(gating.Gating, devices.Devices):
     only_table: bool = False
 
 
-def cell(c: Config, mesh: Any, name: str, seed: int, data: Path) -> dict[str, Any]:
-    """Errors of the objectives, and which of the held-out pairs are right by which weights."""
+class Fitted(NamedTuple):
+    """What the gates of a set and a seed stand on: ratings of pairs, and errors of the ratings."""
+
+    seed: int
+    errors: dict[str, dict[str, float]]
+    learnt: gating.Pairs
+    held: gating.Pairs
+    test: armorm.Set
+
+
+def fitted(c: Config, mesh: Any, name: str, seed: int, data: Path) -> Fitted:
+    """The objectives, fitted to one file of ratings and tested on the other."""
     flags = armorm.Data(
         model_name_or_path=c.model_name_or_path, features=c.features, seed=seed, chat=True,
         dataset_ratings=f'{data / RATINGS}.train.jsonl.gz', verbosity='informative',
@@ -55,32 +65,42 @@ def cell(c: Config, mesh: Any, name: str, seed: int, data: Path) -> dict[str, An
     other = dataclasses.replace(flags, dataset_ratings=f'{data / RATINGS}.test.jsonl.gz')
     found = armorm.compute(flags, mesh, ('ratings', 'pairs', 'test'))
     rated = armorm.compute(other, mesh, ('ratings',))['ratings']
-    fitted = armorm.objectives(flags, found['ratings'], found['pairs'], debias=False)
+    o = armorm.objectives(flags, found['ratings'], found['pairs'], debias=False)
     learnt, held = (
-        (features.gather(c.features, found[n].tokens), found[n].tokens) for n in ('pairs', 'test')
+        (gating.rated(o.head, features.gather(c.features, some)), some)
+        for some in (found['pairs'].tokens, found['test'].tokens)
     )
-    rng = np.random.default_rng(seed)
-    shuffled = [(x._replace(prompt_nD=rng.permutation(x.prompt_nD)), t) for x, t in (learnt, held)]
-    score = {
-        'gate': gated(c, mesh, fitted.head, learnt, held, seed),
-        'gate, shuffled prompts': gated(c, mesh, fitted.head, *shuffled, seed),
-        **gating.alike(fitted.head, learnt, held),
-    }
-    test = found['test']
-    prompts = evaluate.prompts([test.records[i] for i in test.tokens.record])
-    return {
-        'objectives': errors(c, fitted, found['ratings'], rated),
-        'right': {k: halves(x_c, test.tokens) for k, x_c in score.items()},
-        'prompt': intervals.numbered(prompts, len(prompts)).tolist(),
-    }
+    return Fitted(seed, errors(c, o, found['ratings'], rated), learnt, held, found['test'])
 
 
-def gated(
-    c: Config, mesh: Any, head: tree.Tree, learnt: tuple, held: tuple, seed: int
-) -> Array:  # fmt: skip
-    """Scores [c] of the held-out answers by a gate that learned from the others."""
-    rm, params = gating.learn(c, head, *learnt, mesh=mesh, seed=seed)
-    return gating.scores(rm, params, *held, mesh)
+def cells(c: Config, mesh: Any, name: str, seeds: Sequence[int], data: Path) -> list[dict]:
+    """For each seed errors of the objectives, and which held-out pairs are right by which weights.
+
+    The gates of all seeds learn in one program.
+    """
+    each = [fitted(c, mesh, name, seed, data) for seed in seeds]
+    tasks = [task for f in each for task in ((f.learnt, f.held), shuffled(f))]
+    seed_of = np.repeat(seeds, 2).tolist()
+    lessons = [gating.Lesson(*learnt, s) for (learnt, _), s in zip(tasks, seed_of, strict=True)]
+    rm, gates = gating.learn(c, lessons, len(each[0].errors), mesh=mesh)
+    score = [gating.scores(rm, gate, held, mesh)
+             for (_, held), gate in zip(tasks, gates, strict=True)]  # fmt: skip
+    out = []
+    for f, gate_c, other_c in zip(each, score[::2], score[1::2], strict=True):
+        by = {'gate': gate_c, 'gate, shuffled prompts': other_c, **gating.alike(f.learnt, f.held)}
+        prompts = evaluate.prompts([f.test.records[i] for i in f.test.tokens.record])
+        out.append({
+            'objectives': f.errors,
+            'right': {k: halves(x_c, f.test.tokens) for k, x_c in by.items()},
+            'prompt': intervals.numbered(prompts, len(prompts)).tolist(),
+        })  # fmt: skip
+    return out
+
+
+def shuffled(f: Fitted) -> tuple[gating.Pairs, gating.Pairs]:
+    """The same pairs, where the gate reads prompts of others."""
+    rng = np.random.default_rng(f.seed)
+    return gating.shuffled(f.learnt, rng), gating.shuffled(f.held, rng)
 
 
 def halves(score_c: Array, some: tokens.Tokens) -> str:
@@ -113,11 +133,12 @@ def errors(
 def learn(c: Config, data: Path) -> None:
     """Every cell that has no result yet."""
     mesh = devices.mesh(c)
-    for seed in c.seeds:
-        for name in SETS:
-            path = RESULTS / f'{name}-{seed}.json'
-            if not path.exists():
-                common.write_json(path, {'flags': flags(c), **cell(c, mesh, name, seed, data)})
+    for name in SETS:
+        paths = {seed: RESULTS / f'{name}-{seed}.json' for seed in c.seeds}
+        missing = [seed for seed, path in paths.items() if not path.exists()]
+        made = cells(c, mesh, name, missing, data) if missing else []
+        for seed, cell in zip(missing, made, strict=True):
+            common.write_json(paths[seed], {'flags': flags(c), **cell})
 
 
 def flags(c: Config) -> dict[str, Any]:
@@ -125,7 +146,7 @@ def flags(c: Config) -> dict[str, Any]:
     return {f.name: getattr(c, f.name) for f in dataclasses.fields(gating.Gating)}
 
 
-def cells(c: Config, name: str) -> list[dict[str, Any]]:
+def finished(c: Config, name: str) -> list[dict[str, Any]]:
     """Those that there are; ValueError for one of other flags."""
     paths = [RESULTS / f'{name}-{seed}.json' for seed in c.seeds]
     found = {path: json.loads(path.read_text()) for path in paths if path.exists()}
@@ -137,7 +158,7 @@ def cells(c: Config, name: str) -> list[dict[str, Any]]:
 
 def gate_table(c: Config, name: str) -> None:
     """Accuracy, mean over seeds, with an interval over test prompts; what the gate adds."""
-    if not (found := cells(c, name)):
+    if not (found := finished(c, name)):
         return
     prompts: list[int] = found[0]['prompt']
     rows: dict[str, Sequence[Any]] = {}
@@ -156,7 +177,7 @@ def gate_table(c: Config, name: str) -> None:
 
 def objective_table(c: Config) -> None:
     """Errors on the rated answers of the test file, means over seeds, and their spread."""
-    found = [one['objectives'] for one in cells(c, SETS[0])]
+    found = [one['objectives'] for one in finished(c, SETS[0])]
     rows: dict[str, Sequence[Any]] = {}
     for name in found[0] if found else ():
         of = {k: np.array([one[name][k] for one in found]) for k in found[0][name]}

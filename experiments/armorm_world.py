@@ -3,7 +3,7 @@
 Run:     python -m experiments.pretrain; python -m experiments.quickstart
          python -m experiments.armorm_world               # what is missing, then the tables
          python -m experiments.armorm_world --only_table  # from experiments/results/armorm_gate
-Cost:    about 10 minutes on two CPU cores, after the first line
+Cost:    20 minutes of work of a CPU core, after the first line: 115 gates, and 200,000 records once
 Expect:  the tables of the gate in BENCHMARKS.md
 
 *Routing*: five categories of prompts whose preferences weigh the objectives differently; most
@@ -13,15 +13,15 @@ it. Every seed has its own prompts, ratings and pairs; a cell is one seed, kept 
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
-from experiments import armorm, common, devices, gating
-from jaxrm import evaluate, features, statistics, tokens, tree
+from experiments import armorm, common, devices, gating, variants
+from jaxrm import evaluate, statistics
 
 RESULTS = Path(__file__).parent / 'results' / 'armorm_gate'
 Array = np.ndarray
@@ -40,118 +40,54 @@ class Config(gating.Gating, devices.Devices):
     only_table: bool = False
 
 
-class World(NamedTuple):
-    """Sets of one seed with their features, and the head that was fitted to the ratings."""
-
-    pairs: armorm.Set
-    test: armorm.Set
-    learnt: tuple[features.Cached, tokens.Tokens]
-    held: tuple[features.Cached, tokens.Tokens]
-    head: tree.Tree
-
-    @property
-    def biased(self) -> tree.Tree:
-        """The head without its transform."""
-        return {**self.head, 'transform': np.eye(len(self.head['transform']), dtype=np.float32)}
+DEBIASED = ('gate', 'gate with the transform', 'gate with a transform by Pearson')
+PARTS = {
+    'routing-language_model': tuple(variants.VARIANTS),
+    'routing-reward_model': tuple(variants.VARIANTS),
+    'length-language_model': DEBIASED,
+}
 
 
-def made(c: Config, mesh: Any, base: str, seed: int, bias: float = 0.0) -> World:
-    """Features and objectives of a seed, on the decoder that the flag `base` names."""
-    folder = c.features / f'{base}_features'
-    flags = armorm.Data(
-        model_name_or_path=getattr(c, base), features=folder, seed=seed, length_bias=bias
-    )
-    found = armorm.compute(flags, mesh, ('ratings', 'pairs', 'test'))
-    fitted = armorm.objectives(flags, found['ratings'], found['pairs'])
-    learnt, held = (
-        (features.gather(folder, found[n].tokens), found[n].tokens) for n in ('pairs', 'test')
-    )
-    return World(found['pairs'], found['test'], learnt, held, fitted.head)
+def routed(w: variants.World) -> dict[str, Array]:
+    """What the gate might be worth without reading prompts, and its ceilings."""
+    return gating.alike(*w.rated('plain')) | variants.by_category(w)
 
 
-def gated(
-    c: Config, mesh: Any, w: World, head: tree.Tree, *, seed: int, axis: int = -1,
-    shuffle: bool = False,
-) -> tuple[Array, dict[str, float]]:  # fmt: skip
-    """Scores [c] of the held-out answers by a gate that learned, and what the gate is like."""
-    learnt, held = w.learnt, w.held
-    if shuffle:
-        rng = np.random.default_rng(seed)
-        learnt, held = (
-            (of._replace(prompt_nD=rng.permutation(of.prompt_nD)), some)
-            for of, some in (learnt, held)
-        )
-    rm, params = gating.learn(c, head, *learnt, mesh=mesh, seed=seed, axis=axis)
-    gate = jax.device_get(params['gate'])
-    about = {'scale': float(gate['scale'][0])}
-    if axis == -1:
-        weight_nJ = rm.head.gate.apply({'params': gate}, held[0].prompt_nD)
-        about['in use'] = in_use(np.asarray(weight_nJ) / about['scale'])
-    return gating.scores(rm, params, *held, mesh), about
+def weighed(w: variants.World) -> dict[str, Array]:
+    """The same without ceilings, with and without the transform."""
+    with_it = gating.alike(*w.rated('transform'))
+    named = {f'{name} with the transform': x_c for name, x_c in with_it.items()}
+    return gating.alike(*w.rated('plain')) | named
 
 
-def in_use(share_nJ: Array) -> float:
-    """How many objectives a prompt's score is made of: the exponential of the mean entropy."""
-    entropy_n = -(share_nJ * np.log(np.maximum(share_nJ, 1e-12))).sum(-1)
-    return float(np.exp(entropy_n.mean()))
+def cells(c: Config, mesh: Any, part: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """For each seed which of the held-out pairs are right by what, as hexadecimal bits."""
+    what, _, base = part.partition('-')
+    bias, fixed = (c.length_bias, weighed) if what == 'length' else (0.0, routed)
+    flags = {'model_name_or_path': getattr(c, base), 'features': c.features / f'{base}_features'}
+    of = [armorm.Data(**flags, seed=seed, length_bias=bias) for seed in seeds]
+    worlds, out = [variants.made(one, mesh) for one in of], []
+    for w, gates in zip(worlds, variants.learned(c, mesh, worlds, PARTS[part]), strict=True):
+        asked = evaluate.prompts([w.test.records[i] for i in w.test.tokens.record])
+        rows = {}
+        for name, (x_c, about) in (gates | {k: (x, {}) for k, x in fixed(w).items()}).items():
+            bits = packed(gating.right(x_c, w.test.tokens))
+            rows[name] = {'right': bits, **about, **(liking(x_c, w) if bias else {})}
+        out.append({'rows': rows, 'prompt': ' '.join(f'{zlib.crc32(x.encode()):x}' for x in asked)})
+    return out
 
 
-def routing(c: Config, mesh: Any, base: str, seed: int) -> dict[str, Any]:
-    """A cell: the gate, what it might be worth without reading prompts, and its ceilings."""
-    w = made(c, mesh, base, seed)
-    plain, from_one = w.biased, dataclasses.replace(c, initial_scale=1.0)
-    learned = {
-        'gate': gated(c, mesh, w, plain, seed=seed),
-        'gate, shuffled prompts': gated(c, mesh, w, plain, seed=seed, shuffle=True),
-    }
-    if base == 'language_model':
-        learned |= {
-            'gate from scale 1': gated(from_one, mesh, w, plain, seed=seed),
-            'gate with the transform': gated(c, mesh, w, w.head, seed=seed),
-            'softmax over the pair': gated(c, mesh, w, plain, seed=seed, axis=-2),
-        }
-    fixed = gating.alike(plain, w.learnt, w.held) | by_category(w)
-    cell = {name: {'right': digits(x_c, w), **about} for name, (x_c, about) in learned.items()}
-    return cell | {name: {'right': digits(x_c, w)} for name, x_c in fixed.items()}
+def packed(right_n: Array) -> str:
+    """Which of the pairs are right, as hexadecimal bits."""
+    return np.packbits(right_n == 1).tobytes().hex()
 
 
-def by_category(w: World) -> dict[str, Array]:
-    """Scores [c] of the held-out answers by weights that are told the prompt's category."""
-    of, on = (np.array([s.records[i].group for i in s.tokens.record]) for s in (w.pairs, w.test))
-    count_n = np.diff(w.pairs.tokens.first)
-    rate_cJ, held_cJ = (gating.rates(w.biased, x[0]) for x in (w.learnt, w.held))
-    weight_nJ = np.zeros((len(on), rate_cJ.shape[1]))
-    for category in set(on):
-        here_c = np.repeat(of == category, count_n)
-        own = w.pairs.tokens._replace(rank=np.where(here_c, w.pairs.tokens.rank, 0))
-        weight_nJ[on == category] = gating.best_weights(rate_cJ, own)
-    true_nJ = np.stack([armorm.weights(category) for category in on])
-    each = lambda x_nJ: np.repeat(x_nJ, np.diff(w.test.tokens.first), axis=0)  # noqa: E731
-    return {
-        'best weights of the category': (held_cJ * each(weight_nJ)).sum(1),
-        'true weights of the category': (held_cJ * each(true_nJ)).sum(1),
-        'true weights, true ratings': (np.nan_to_num(w.test.tokens.rating) * each(true_nJ)).sum(1),
-    }
+def unpacked(bits: str, pairs: int) -> Array:
+    """[n] 1 where a pair is right, else 0."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=pairs).astype(float)
 
 
-def length(c: Config, mesh: Any, base: str, seed: int) -> dict[str, Any]:
-    """A cell: scores with and without the transform where raters like length."""
-    w = made(c, mesh, base, seed, c.length_bias)
-    cell = {}
-    for what, head in (('', w.biased), (' with the transform', w.head)):
-        score = {'gate': gated(c, mesh, w, head, seed=seed)[0]}
-        score |= gating.alike(head, w.learnt, w.held)
-        for name, x_c in score.items():
-            cell[name + what] = {'right': digits(x_c, w), **liking(x_c, w)}
-    return cell
-
-
-def digits(score_c: Array, w: World) -> str:
-    """Which of the held-out pairs are right, a digit each."""
-    return ''.join(str(int(x)) for x in gating.right(score_c, w.test.tokens))
-
-
-def liking(score_c: Array, w: World) -> dict[str, float]:
+def liking(score_c: Array, w: variants.World) -> dict[str, float]:
     """Correlation of score and length: over all answers, and of the differences in a pair."""
     length_c = evaluate.lengths(w.test.tokens).astype(float)
     gap, longer = (x_c[0::2] - x_c[1::2] for x_c in (score_c, length_c))
@@ -159,22 +95,15 @@ def liking(score_c: Array, w: World) -> dict[str, float]:
     return {'spearman': statistics.spearman(score_c, length_c), 'within': within}
 
 
-PARTS = {
-    'routing-language_model': routing,
-    'routing-reward_model': routing,
-    'length-language_model': length,
-}
-
-
 def learn(c: Config) -> None:
     """Every cell that has no result yet."""
     mesh = devices.mesh(c)
-    for seed in c.seeds:
-        for part, fn in PARTS.items():
-            path = RESULTS / f'{part}-{seed}.json'
-            if not path.exists():
-                cell = fn(c, mesh, part.partition('-')[2], seed)
-                common.write_json(path, {'flags': flags(c), 'rows': cell})
+    for part in PARTS:
+        paths = {seed: RESULTS / f'{part}-{seed}.json' for seed in c.seeds}
+        missing = [seed for seed, path in paths.items() if not path.exists()]
+        made = cells(c, mesh, part, missing) if missing else []
+        for seed, cell in zip(missing, made, strict=True):
+            common.write_json(paths[seed], {'flags': flags(c), **cell})
 
 
 def flags(c: Config) -> dict[str, Any]:
@@ -183,36 +112,34 @@ def flags(c: Config) -> dict[str, Any]:
     return {name: getattr(c, name) for name in (*names, 'length_bias')}
 
 
-def cells(c: Config, part: str) -> list[Mapping[str, Any]]:
-    """The rows of each that there is; ValueError for one of other flags."""
-    out = []
-    for path in (RESULTS / f'{part}-{seed}.json' for seed in c.seeds):
-        if not path.exists():
-            continue
-        found = json.loads(path.read_text())
-        if found['flags'] != flags(c):
-            raise ValueError(f'{path}: is of a run with {found["flags"]}, not {flags(c)}')
-        out.append(found['rows'])
-    return out
+def finished(c: Config, part: str) -> list[Mapping[str, Any]]:
+    """The cells that there are; ValueError for one of other flags."""
+    paths = [path for seed in c.seeds if (path := RESULTS / f'{part}-{seed}.json').exists()]
+    found = [json.loads(path.read_text()) for path in paths]
+    for path, one in zip(paths, found, strict=True):
+        if one['flags'] != flags(c):
+            raise ValueError(f'{path}: is of a run with {one["flags"]}, not {flags(c)}')
+    return found
 
 
 def table(c: Config, part: str) -> None:
-    """Accuracy over the held-out prompts of all seeds, and what the gate adds to each row."""
-    found = cells(c, part)
-    if not found:
+    """Accuracy and what the gate adds to each row, each over prompts and over seeds."""
+    if not (found := finished(c, part)):
         return
-    right = {k: [np.array(list(cell[k]['right']), float) for cell in found] for k in found[0]}
+    prompts = [cell['prompt'].split() for cell in found]
+    right = {name: [unpacked(cell['rows'][name]['right'], len(p))
+                    for cell, p in zip(found, prompts, strict=True)]
+             for name in found[0]['rows']}  # fmt: skip
+    gap = {('gate', name): [g - x for g, x in zip(right['gate'], x_sn, strict=True)]
+           for name, x_sn in right.items() if name != 'gate'}  # fmt: skip
+    both = gating.both_intervals(right | gap, [name for some in prompts for name in some])
     rows = {}
-    for name, seeds in right.items():
-        means, all_n = [x.mean() for x in seeds], np.concatenate(seeds)
-        above = evaluate.paired(np.concatenate(right['gate']), all_n) if name != 'gate' else ''
-        notes = {k: np.mean([cell[name][k] for cell in found]) for k in found[0][name]
-                 if k != 'right'}  # fmt: skip
-        rows[name] = [
-            evaluate.interval(all_n), f'{min(means):.3f} to {max(means):.3f}', above,
-            ', '.join(f'{k} {x:.2f}' for k, x in notes.items()),
-        ]  # fmt: skip
-    columns = ['accuracy', 'over seeds', 'gate - this', 'mean over seeds']
+    for name in right:
+        notes = {k: np.mean([cell['rows'][name][k] for cell in found])
+                 for k in found[0]['rows'][name] if k != 'right'}  # fmt: skip
+        about = ', '.join(f'{k} {x:.2f}' for k, x in notes.items())
+        rows[name] = [*both[name], *both.get(('gate', name), ('', '')), about]
+    columns = ['accuracy, over prompts', 'seeds', 'gate - this, over prompts', 'seeds', 'means']
     common.table(f'{part}, {len(found)} seeds', rows, columns, paste=True)
 
 

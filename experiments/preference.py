@@ -44,7 +44,7 @@ class Config(common.Model, common.Training, common.Hub):
     num_train_epochs: int = 3
     weight_decay: float = 0.1
     center_rewards_coefficient: float = 0.0
-    loss: Literal['bradley_terry', 'scaled', 'robust'] = 'bradley_terry'
+    loss: Literal['bradley_terry', 'scaled', 'robust', 'saturating'] = 'bradley_terry'
     robust_epsilon: float = 0.1  # the share of flipped labels that the robust loss expects
     lm_coefficient: float = 0.0  # of the text of the better answers, on a language model
     chat: bool = False  # plain strings become a user and an assistant turn
@@ -117,6 +117,7 @@ def objective_of(c: Config, rm: reward.RewardModel) -> train.Objective:
     loss: Callable[..., Any] = {
         'bradley_terry': losses.bradley_terry,
         'scaled': losses.scaled_bradley_terry,
+        'saturating': losses.saturating,
         'robust': functools.partial(losses.robust, epsilon=c.robust_epsilon),
     }[c.loss]
     centering = {'center_rewards_coefficient': c.center_rewards_coefficient}

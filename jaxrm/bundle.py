@@ -4,6 +4,7 @@
 of a gated model also the names of its objectives and the scales they were rated on.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _is_scale(value: Any) -> bool:
     if value is None:
         return True
     numbers = isinstance(value, list) and all(type(x) in (int, float) for x in value)
-    return numbers and len(value) == 2 and value[0] <= value[1]
+    return numbers and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf
 
 
 def ratings(names: Sequence[str], scales: Sequence[Scale | None]) -> dict[str, Any]:
@@ -115,4 +116,4 @@ def ratings(names: Sequence[str], scales: Sequence[Scale | None]) -> dict[str, A
             f'objectives: found {tuple(names)} and {len(scales)} scales, expected different names '
             'and as many scales'
         )
-    return {'objectives': list(names), 'scales': [s and list(s) for s in scales]}
+    return {'objectives': list(names), 'scales': [s and [s.low, s.high] for s in scales]}

@@ -31,22 +31,27 @@ Rule = Callable[[list[np.ndarray]], Mapping[str, float]]  # scores [M] of every 
 
 
 def candidate_scores(
-    score: Score, params: tree.Tree, tokens: Tokens, shape: packing.Shape, *, mesh: Mesh, packs: int
-) -> np.ndarray:
+    score: Callable[[tree.Tree, Pack], Any],
+    params: tree.Tree,
+    tokens: Tokens,
+    shape: packing.Shape,
+    *,
+    mesh: Mesh,
+    packs: int,
+) -> Any:
     """[c] float32, the score of every candidate of `tokens`; `score` is already compiled.
 
-    Of several ratings [c, J]. A batch has `packs` packs, a multiple of the mesh's data axes. Every
-    process gets all scores.
+    Of several ratings [c, J]; of a tree of arrays [B, M, ...] such a tree. A batch has `packs`
+    packs, a multiple of the mesh's data axes. Every process gets all scores.
     """
-    params = sharding.place(params, mesh)
-    out = np.full(len(tokens.length), np.nan, np.float32)
+    params, at, parts = sharding.place(params, mesh), [], []
     for pack, found in passed(score, params, packing.in_order(tokens, shape, packs), mesh):
-        index = _candidate_index(tokens, pack)
-        score_PBM = np.asarray(found).reshape(*index.shape, *found.shape[2:])
-        if score_PBM.ndim > 3 and out.ndim == 1:
-            out = np.full((len(out), *score_PBM.shape[3:]), np.nan, np.float32)
-        out[index[index >= 0]] = score_PBM[index >= 0]
-    return out
+        index = _candidate_index(tokens, pack).reshape(-1, pack.rank_PBM.shape[-1])
+        at.append(index[index >= 0])
+        parts.append([np.asarray(x_BM)[index >= 0] for x_BM in jax.tree.leaves(found)])
+    order_c = np.argsort(np.concatenate(at))
+    each = [np.concatenate(x).astype(np.float32)[order_c] for x in zip(*parts, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(found), each)
 
 
 def passed(

@@ -8,8 +8,10 @@ from `Batches` of them. Several processes share the folder.
 Letters: n records, c candidates, D width; of batches P packs, B prompts, M candidates.
 """
 
+import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,19 +226,38 @@ class Batch(NamedTuple):
     smoothing_PB: packing.Array  # float32
 
 
-def batch(of: Cached, tokens: Tokens, record_PB: Array) -> Batch:
+class Rows(NamedTuple):
+    """A `Batch` of features that are on the device, as params['features']: where they stand."""
+
+    answer_PBM: packing.Array  # int32, rows of `Cached.answer_cD`
+    prompt_PB: packing.Array  # int32, of `Cached.prompt_nD`
+    rank_PBM: packing.Array
+    margin_PBM: packing.Array
+    smoothing_PB: packing.Array
+
+
+def rows(tokens: Tokens, record_PB: Array) -> Rows:
     """The batch of these records, rows of `tokens` or -1; M is what the largest record needs."""
     count_n = np.diff(tokens.first)
     m = np.arange(count_n.max())
     here_PBM = (record_PB[..., None] >= 0) & (m < count_n[record_PB][..., None])
     at_PBM = np.where(here_PBM, tokens.first[record_PB][..., None] + m, 0)
-    return Batch(
-        answer_PBMD=of.answer_cD[at_PBM],
-        prompt_PBD=of.prompt_nD[record_PB],
+    return Rows(
+        answer_PBM=at_PBM.astype(np.int32),
+        prompt_PB=np.maximum(record_PB, 0).astype(np.int32),
         rank_PBM=np.where(here_PBM, tokens.rank[at_PBM], np.int32(-1)),
         margin_PBM=np.where(here_PBM, tokens.margin[at_PBM], np.float32(0)),
         smoothing_PB=tokens.smoothing[record_PB],
     )
+
+
+def batch(of: Cached, tokens: Tokens, record_PB: Array) -> Batch:
+    """`rows` with their features."""
+    return _gathered(of, rows(tokens, record_PB))
+
+
+def _gathered(of: Cached, at: Rows) -> Batch:
+    return Batch(of.answer_cD[at.answer_PBM], of.prompt_nD[at.prompt_PB], *at[2:])
 
 
 class Batches:
@@ -244,27 +265,63 @@ class Batches:
 
     Records are drawn uniformly with replacement from those that have an ordered pair, as in
     ArmoRM's stage 2: every batch is full, whatever the size of the set, and there is no place in an
-    epoch to keep. Features stay on the host in the dtype they come in.
+    epoch to keep. Or, with `epochs`, they are permuted anew in each, and batches take the next ones
+    of epochs that follow each other. Features stay on the host in the dtype they come in; without
+    them, batches are `Rows`.
     """
 
-    def __init__(self, of: Cached, tokens: Tokens, *, packs: int, prompts: int, seed: int):
-        self._of, self._size, self._seed = (of, tokens), (packs, prompts), seed
+    def __init__(
+        self,
+        of: Cached | None,
+        tokens: Tokens,
+        *,
+        packs: int,
+        prompts: int,
+        seed: int,
+        epochs: bool = False,
+    ):
+        self._of, self._size, self._seed = of, (packs, prompts), seed
         # Of a record without answers the only rank is -1.
         best_n, worst_n = (f.reduceat(tokens.rank, tokens.first[:-1]) for f in (np.fmin, np.fmax))
         (self.records,) = np.nonzero(best_n < worst_n)
         if not len(self.records):
             found = f'no ordered pair in {len(best_n)} records'
             raise ValueError(f'found {found}, expected at least one')
+        self._rows = rows(tokens, np.arange(len(best_n)))
+        self._draw = self._next if epochs else self._any
+        self._epoch = functools.lru_cache(2)(self._permutation)
 
-    def __call__(self, i: int) -> Batch:
+    def __call__(self, i: int) -> Batch | Rows:
+        record_PB = self.records.take(self._draw(i)).reshape(self._size)
+        at = Rows(*(x.take(record_PB, axis=0) for x in self._rows))
+        return at if self._of is None else _gathered(self._of, at)
+
+    def _any(self, i: int) -> Array:
         rng = np.random.default_rng([self._seed, i])
-        return batch(*self._of, self.records[rng.integers(len(self.records), size=self._size)])
+        return rng.integers(len(self.records), size=self._size)
+
+    def _permutation(self, epoch: int) -> Array:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self.records))
+
+    def _next(self, i: int) -> Array:
+        size, n = math.prod(self._size), len(self.records)
+        first, last = divmod(i * size, n), (i + 1) * size // n
+        run = np.concatenate([self._epoch(e) for e in range(first[0], last + 1)])
+        return run[first[1] :][:size]
 
 
 def scored(rewards: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """score_BM of (params, batch), such as `train.preference` wants, by `RewardModel.rewards`."""
+    """score_BM of (params, batch), such as `train.preference` wants, by `RewardModel.rewards`.
 
-    def score(params: tree.Tree, of: Batch, **options: Any) -> jax.Array:
+    For a batch of `Rows`, params['features'] is `Cached`.
+    """
+
+    def score(params: tree.Tree, of: Batch | Rows, **options: Any) -> jax.Array:
+        if isinstance(of, Rows):
+            take = lambda x, i: x.at[i].get(mode='promise_in_bounds')  # noqa: E731
+            answer_cD, prompt_nD = params['features']
+            found = take(answer_cD, of.answer_PBM), take(prompt_nD, of.prompt_PB)
+            of = Batch(*found, of.rank_PBM, of.margin_PBM, of.smoothing_PB)
         merged = (rearrange(x, 'p b ... -> (p b) ...') for x in (of.answer_PBMD, of.prompt_PBD))
         return rewards(params, Features(*merged), **options)
 
@@ -280,7 +337,10 @@ def candidate_scores(
     mesh: Mesh,
     prompts: int = 4096,
 ) -> Array:
-    """[c] scores of every candidate; `score` is compiled, and takes so many prompts at a time."""
+    """[c] scores of every candidate; `score` is compiled, and takes so many prompts at a time.
+
+    Of several scores each, [c, ...].
+    """
     packs, n = sharding.data_parallel(mesh), len(tokens.prompt)
     params, out = sharding.place(params, mesh), np.empty(len(tokens.length), np.float32)
     size = min(-(-n // packs), -(-prompts // packs))
@@ -290,6 +350,8 @@ def candidate_scores(
         part = batch(of, tokens, record_B.reshape(packs, size))
         with jax.set_mesh(mesh):
             found = processes.whole(score(params, sharding.place_batch(part, mesh)))
+        if found.ndim > 2 and out.ndim == 1:
+            out = np.empty((len(out), *found.shape[2:]), np.float32)
         record_n = record_B[record_B >= 0]
         b, m = packing.spans(np.diff(tokens.first)[record_n])
         out[tokens.first[record_n][b] + m] = np.asarray(found)[b, m]

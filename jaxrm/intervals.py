@@ -64,6 +64,21 @@ def interval(
     return Interval(float(x_n[there].mean()), float(low), float(high))
 
 
+def each(
+    x_nK: np.ndarray,
+    *,
+    prompts: Sequence[Hashable] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> list[Interval]:
+    """`interval` of K values of each record, none of them NaN, all from the same draws."""
+    x_nK = np.asarray(x_nK, float)
+    prompt_n = None if prompts is None else numbered(prompts, len(x_nK))
+    low_K, high_K = np.quantile(_resampled(x_nK, draws, seed, prompt_n), [0.025, 0.975], axis=0)
+    mean_K = x_nK.mean(0)
+    return [Interval(*map(float, x)) for x in zip(mean_K, low_K, high_K, strict=True)]
+
+
 def numbered(names: Sequence[Hashable], length: int) -> np.ndarray:
     """int [n], equal where the names are."""
     if len(names) != length:

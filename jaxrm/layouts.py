@@ -7,7 +7,7 @@ and only the order counts; of ratings larger is better, and null, NaN and -100 a
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from jaxrm import records
+from jaxrm import annotations, records
 from jaxrm.files import DataError, Row, kind
 from jaxrm.records import Answer, Ids, Message, Prompt, Read, fail
 
@@ -328,6 +328,16 @@ def _layout(
     return Layout(name, kind, read, *sets)
 
 
+def _annotated(name: str, between: str) -> Layout:
+    """Names of its columns have this between their words."""
+    mean, *others = (
+        column.replace(' ', between)
+        for column in (annotations.MEAN, annotations.STD, *annotations.SCORES, annotations.JUDGE)
+    )
+    plain = _layout(name, 'pair', annotations.read, 'chosen rejected')
+    return plain._replace(required=plain.required | {mean}, free=frozenset(others))
+
+
 # Refused columns carry part of the conversation, or say that the others mean something else.
 _SAID = (
     'system input context question query instruction prompt history messages conversations '
@@ -377,5 +387,7 @@ LAYOUTS = (
     _layout('rated completion', 'answer', _completion, 'prompt completion ratings'),
     _layout('helpsteer', 'answer', _helpsteer, f'prompt response {_HELPSTEER}'),
     _layout('ultrafeedback', 'candidates', _ultrafeedback, 'instruction completions'),
+    _annotated('strength', ' '),
+    _annotated('strength, underscored', '_'),
     _layout('stepwise', 'candidates', _stepwise, 'prompt completions labels'),
 )  # fmt: skip

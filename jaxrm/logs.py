@@ -58,6 +58,38 @@ def read(path: str | Path) -> list[Line]:
     return lines
 
 
+def best(
+    lines: Sequence[Mapping[str, float]], name: str, *, greater_is_better: bool | None = None
+) -> int:
+    """The first step at which a value such as `eval_accuracy` was best; NaNs are left out.
+
+    Less is better of a name that ends in `loss`, unless it is said. ValueError without a value.
+    """
+    greater = not name.endswith('loss') if greater_is_better is None else greater_is_better
+    given = [(line[name], line['step']) for line in lines if name in line]
+    found = [at for at in given if not math.isnan(at[0])]
+    if not found:
+        raise ValueError(f'lines: found no value of {name!r}, expected at least one')
+    return int(min(found, key=lambda at: (-at[0] if greater else at[0], at[1]))[1])
+
+
+def _members(metrics: Mapping[str, Any]) -> Line:
+    """Of values [E], one for each of several models, the mean, and as `_std` their spread.
+
+    Of those that are finite: a model that takes no part has NaN.
+    """
+    out: Line = {}
+    for name, x in metrics.items():
+        x_E = np.asarray(x)
+        if not x_E.ndim:
+            out[name] = x_E
+            continue
+        here = x_E[np.isfinite(x_E)].astype(np.float64)
+        both = (here.mean(), here.std()) if len(here) else (math.nan, math.nan)
+        out[name], out[f'{name}_std'] = map(np.float32, both)
+    return out
+
+
 def _mean(lines: Sequence[Line]) -> Line:
     """One line for several steps: metrics averaged, the last one's position, rates over all."""
     last = lines[-1]
@@ -213,7 +245,7 @@ class Log:
         self._last = time.perf_counter()
 
     def _line(self, done: int, metrics: Mapping[str, Any]) -> Line:
-        values = {'step': done, **metrics, **self._progress(done)}
+        values = {'step': done, **_members(metrics), **self._progress(done)}
         if self._schedule is not None:
             values['learning_rate'] = self._rates[done - 1]
         rest = sorted(values.keys() - set(NAMES))

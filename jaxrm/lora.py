@@ -62,8 +62,3 @@ def fold(backbone: tree.Tree, lora: tree.Tree, scale: float) -> tree.Tree:
         )
         flat[path + 'kernel'] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
     return tree.unflatten(flat)
-
-
-def stack(adapters: list[tree.Tree]) -> tree.Tree:
-    """E adapters as one tree with a leading E axis."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *adapters)

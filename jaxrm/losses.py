@@ -94,10 +94,47 @@ def robust(
     return bradley_terry(score_BM, rank_BM, margin_BM=margin_BM, smoothing_B=smoothing_B)
 
 
+def saturating(
+    score_BM: Array,
+    rank_BM: Array,
+    *,
+    epsilon: float = 1e-5,
+    margin_BM: Array | None = None,
+    smoothing_B: Array | None = None,
+) -> Array:
+    """Mean over ordered pairs of -log(sigmoid(z) + epsilon), as the code of MOSS-RLHF has it.
+
+    Bradley-Terry up to a ceiling: a pair that is wrong by more than -log(epsilon) teaches nothing,
+    whether its label is wrong or the model. To compare with models that learned by it.
+    """
+    z_BMM = _minus(score_BM, rank_BM)
+    if margin_BM is not None:
+        z_BMM -= _minus(margin_BM, rank_BM)
+    cost = lambda z: -jnp.log(jax.nn.sigmoid(z) + epsilon)  # noqa: E731
+    if smoothing_B is None:
+        return mean_over_pairs(cost(z_BMM), rank_BM)
+    a_BMM = smoothing_B[:, None, None]
+    return mean_over_pairs((1 - a_BMM) * cost(z_BMM) + a_BMM * cost(-z_BMM), rank_BM)
+
+
 def centering(score_BM: Array, rank_BM: Array) -> Array:
     """Mean over ordered pairs of the squared sum of their scores (arXiv 2312.09244, section 2)."""
     score_BM = _present(score_BM, rank_BM)
     return mean_over_pairs(jnp.square(score_BM[:, :, None] + score_BM[:, None, :]), rank_BM)
+
+
+def difference(score_BM: Array, rank_BM: Array) -> Array:
+    """(2 / k^2) sum over i < j of sigmoid |r_i - r_j|, of the k candidates that are there.
+
+    How far apart a model scores answers that nobody ordered (Secrets of RLHF II, arXiv 2401.06080,
+    eq. 11), to be maximised: (k - 1) / 2k where all tie, below (k - 1) / k. Ties have no gradient.
+    """
+    here_BM = rank_BM >= 0
+    other_MM = ~jnp.eye(rank_BM.shape[1], dtype=bool)
+    pair_BMM = here_BM[:, :, None] & here_BM[:, None, :] & other_MM[None]  # each from both sides
+    apart_BMM = jax.nn.sigmoid(jnp.abs(_minus(score_BM, rank_BM)))
+    count_B = jnp.maximum(here_BM.sum(1), 1)
+    return jnp.where(pair_BMM, apart_BMM, 0).sum((1, 2)) / jnp.square(count_B)
 
 
 def regression(rate_BMJ: Array, rating_BMJ: Array) -> tuple[Array, Array]:

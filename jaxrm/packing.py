@@ -5,6 +5,8 @@ A *row* is what attention sees: a prompt followed by one candidate, right-padded
 in a few static length classes; everything but attention runs on the stream.
 """
 
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -306,15 +308,40 @@ class Batches:
         check_fits(tokens, shape)
         self.tokens, self.shape, self.packs = tokens, shape, packs
         self.seed, self.epochs = seed, epochs
+        self._epoch = functools.cache(self._plan)
+        self._order: int | None = None
+        self._begin()
+
+    def reordered(self, order: int, tokens: Tokens | None = None) -> 'Batches':
+        """The same packs, in each epoch in an order of their own, drawn from (order, epoch).
+
+        `tokens` may have other labels: packs depend on lengths alone. They are planned once for
+        all that are made of one. Raises ValueError for tokens of other lengths.
+        """
+        for name in ('start', 'prompt', 'first', 'length') if tokens else ():
+            if not np.array_equal(getattr(tokens, name), getattr(self.tokens, name)):
+                raise ValueError(f'tokens: their {name} is not that of the packs')
+        other = copy.copy(self)
+        other.tokens, other._order = tokens or self.tokens, order
+        other._begin()
+        return other
+
+    def _begin(self) -> None:
         self._stream: list[np.ndarray] = []
         self._counts = [np.zeros((1, 2), np.int64)]  # records and tokens up to each pack
         self._planned = 0
 
-    def _plan_epoch(self) -> None:
-        rng = np.random.default_rng([self.seed, self._planned])
+    def _plan(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.tokens.prompt))
         packs = plan(self.tokens, self.shape, order=order)
-        packs = [packs[i] for i in rng.permutation(len(packs))]
+        return [packs[i] for i in rng.permutation(len(packs))]
+
+    def _plan_epoch(self) -> None:
+        packs = self._epoch(self._planned)
+        if self._order is not None:
+            rng = np.random.default_rng([self._order, self._planned])
+            packs = [packs[i] for i in rng.permutation(len(packs))]
         size = np.diff(self.tokens.start)
         new = np.array([(len(p), size[p].sum()) for p in packs])
         self._counts.append(self._counts[-1][-1] + np.cumsum(new, axis=0))

@@ -4,7 +4,9 @@ Both are ArmoRM's (arXiv 2406.12845, sections 2.2 and 2.3; RLHFlow's released st
 scripts). Letters: N rows, D width, J objectives, A penalties of the grid.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -166,14 +168,16 @@ def penalties(
     *,
     threshold: float = THRESHOLD,
     grid: Sequence[float] = PENALTIES,
+    correlation: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
     """[J] share of the verbosity objective to take from each objective.
 
-    For each objective the first penalty of the ascending `grid` at which the Spearman correlation
-    (average ranks, signed) of reward - penalty * verbosity with verbosity is at most `threshold`;
-    1 where there is none, for an objective that is constant, and for verbosity itself. The rows
-    are single responses, the two of a pair among the others.
+    For each objective the first penalty of the ascending `grid` at which the correlation (signed;
+    by default `spearman`, the published one) of reward - penalty * verbosity with verbosity is at
+    most `threshold`; 1 where there is none, for an objective that is constant, and for verbosity
+    itself. The rows are single responses, the two of a pair among the others.
     """
+    correlation = correlation or spearman
     reward_NJ = np.asarray(reward_NJ, np.float64)
     J = reward_NJ.shape[1]
     if not 0 <= verbosity < J:
@@ -188,7 +192,7 @@ def penalties(
         raise ValueError(f'verbosity: found {found} of objective {verbosity}, expected several')
     left = [j for j in range(J) if j != verbosity and np.ptp(reward_NJ[:, j])]
     for penalty in grid:
-        rho = spearman(reward_NJ[:, left] - penalty * wordy_N[:, None], wordy_N)
+        rho = correlation(reward_NJ[:, left] - penalty * wordy_N[:, None], wordy_N)
         passed = {j for j, r in zip(left, rho, strict=True) if r <= threshold}
         out_J[sorted(passed)] = penalty
         left = [j for j in left if j not in passed]
@@ -204,23 +208,38 @@ def transform(penalty_J: Array, verbosity: int) -> Array:
 
 def spearman(x_NK: Array, y_N: Array) -> Array:
     """[K] rank correlation of each column with y, ties at their average rank; NaN if constant."""
-    x_NK, y_N = rankdata(x_NK, axis=0), rankdata(y_N)
+    return pearson(rankdata(x_NK, axis=0), rankdata(y_N))
+
+
+def pearson(x_NK: Array, y_N: Array) -> Array:
+    """[K] correlation of each column with y; NaN if constant."""
+    constant_K = np.ptp(x_NK, axis=0) == 0  # less its mean it may not be 0
     x_NK, y_N = x_NK - x_NK.mean(0), y_N - y_N.mean()
     with np.errstate(invalid='ignore'):
-        return (y_N @ x_NK) / np.sqrt((x_NK**2).sum(0) * (y_N @ y_N))
+        rho_K = (y_N @ x_NK) / np.sqrt((x_NK**2).sum(0) * (y_N @ y_N))
+    return np.where(constant_K, np.nan, rho_K)
 
 
 # Scales
 
 
-class Scale(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Scale:
     """The numbers a rating can be, `low` to `high` in steps of 1, mapped to bin centres in (0, 1).
 
-    As published for HelpSteer, 0 to 4: (rating + 0.5) / 5.
+    As published for HelpSteer, 0 to 4: (rating + 0.5) / 5. Raises ValueError unless low < high.
     """
 
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf:
+            found = f'found {self.low} to {self.high}'
+            raise ValueError(f'scale: {found}, expected two finite numbers, the smaller one first')
+
+    def __str__(self) -> str:
+        return f'{self.low:g} to {self.high:g}'
 
     def normalised(self, rating: Array) -> Array:
         return (np.asarray(rating, np.float64) - self.low + 0.5) / (self.high - self.low + 1)

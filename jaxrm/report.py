@@ -23,7 +23,8 @@ def check() -> None:
         raise ValueError(wanted) from error
 
 
-def _figure(panels: int, *, height: float = 3.6) -> tuple[Any, Any]:
+def canvas(panels: int, *, height: float = 3.6) -> tuple[Any, Any]:
+    """A figure to save, and its axes side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,7 +55,7 @@ def curves(
 
     `eval_` values of the same metric are drawn as points.
     """
-    figure, axes = _figure(len(names))
+    figure, axes = canvas(len(names))
     for axis, name in zip(axes, names, strict=True):
         rows = [(r['step'], r[name]) for r in lines if name in r]
         if not rows:
@@ -78,7 +79,7 @@ def histogram(groups: Mapping[str, np.ndarray], path: Path, *, xlabel: str = 're
         count = int(np.isfinite(values).sum())
         if count < max(len(values), 1):
             raise ValueError(f'{name!r}: found {count} finite scores of {len(values)}')
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = canvas(1)
     whole = np.concatenate(list(groups.values()))
     bins = np.histogram_bin_edges(whole, bins=int(np.clip(len(whole) / 8, 10, 40)))
     for name, values in groups.items():
@@ -94,7 +95,7 @@ def reliability(found: Calibration, path: Path) -> None:
 
     Below stands what share of the pairs each bin has.
     """
-    figure, (axis,) = _figure(1, height=4.4)
+    figure, (axis,) = canvas(1, height=4.4)
     width, some = found.high_b - found.low_b, found.weight_b > 0
     middle = found.low_b + width / 2
     axis.bar(middle, found.accuracy_b, 0.9 * width, color=CHOSEN, alpha=0.6, label='accuracy')
@@ -114,7 +115,7 @@ def reliability(found: Calibration, path: Path) -> None:
 
 def subsets(rows: Sequence[tuple[str, Interval, int]], path: Path) -> None:
     """Accuracy of each (name, interval, number of records), and the line of chance."""
-    figure, (axis,) = _figure(1, height=1.2 + 0.28 * max(len(rows), 3))
+    figure, (axis,) = canvas(1, height=1.2 + 0.28 * max(len(rows), 3))
     figure.set_figwidth(6.4)
     y = np.arange(len(rows))[::-1]
     mean, low, high = np.array([interval for _, interval, _ in rows], float).T
@@ -132,7 +133,7 @@ def against_length(
     groups: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path, *, unit: str, title: str = ''
 ) -> None:
     """Scores over lengths of two groups of answers, (lengths, scores), and means by length."""
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = canvas(1)
     length, score = (np.concatenate(x).astype(float) for x in zip(*groups.values(), strict=True))
     colours = np.repeat([CHOSEN, REJECTED], [len(x) for x, _ in groups.values()])
     mixed = np.random.default_rng(0).permutation(len(length))  # no group lies above the other
@@ -145,6 +146,17 @@ def against_length(
     axis.xaxis.set_major_formatter('{x:g}')
     axis.set_title(title, fontsize=10)
     axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def planes(panels: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
+    """A panel for each name: the points [n, 2] of two groups."""
+    figure, axes = canvas(len(panels))
+    for axis, (title, groups) in zip(axes, panels.items(), strict=True):
+        for (name, xy), colour in zip(groups.items(), (CHOSEN, REJECTED), strict=True):
+            axis.plot(*xy.T, 'o', color=colour, ms=3, alpha=0.5, mew=0, label=name)
+        axis.set(xlabel='first component', ylabel='second component', title=title)
+        axis.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -54,11 +54,16 @@ def _path(directory: epath.PathLike) -> epath.Path:
     return path
 
 
-def latest(directory: epath.PathLike) -> int | None:
-    """The step of the latest complete checkpoint, as the first process finds it."""
+def steps(directory: epath.PathLike) -> list[int]:
+    """The steps of the complete checkpoints, as the first process finds them."""
     path = _path(directory)
-    steps = lambda: ocp.utils.checkpoint_steps(path) if path.exists() else []  # noqa: E731
-    return processes.alone(lambda: max(steps(), default=None))
+    found = lambda: sorted(ocp.utils.checkpoint_steps(path)) if path.exists() else []  # noqa: E731
+    return processes.alone(found)
+
+
+def latest(directory: epath.PathLike) -> int | None:
+    """The step of the latest of them."""
+    return max(steps(directory), default=None)
 
 
 def _named(state: State) -> dict[str, jax.Array]:
@@ -87,13 +92,21 @@ def _check_leaves(where: str, found: Mapping[str, Any], expected: Mapping[str, A
 
 
 def restore(
-    directory: epath.PathLike, state: State, *, run: Mapping[str, Any] | None = None
+    directory: epath.PathLike,
+    state: State,
+    *,
+    run: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> State:
     """The latest complete checkpoint, placed like `state`, which is donated; without one, `state`.
 
-    Raises ValueError naming the first leaf, or field of `run` (see `Saver`), that differs.
+    Or that of a `step`, such as `logs.best` finds. Raises ValueError naming the first leaf, or
+    field of `run` (see `Saver`), that differs, and a step that is not kept.
     """
-    step = latest(directory)
+    kept = steps(directory)
+    if step is not None and step not in kept:
+        raise ValueError(f'{directory}: found checkpoints of the steps {kept}, expected {step}')
+    step = max(kept, default=None) if step is None else step
     if step is None:
         return state
     if run is not None:

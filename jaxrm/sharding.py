@@ -48,6 +48,7 @@ LEAVES = (
     (r'(^|/)share$', ('whole',)),
     (r'(^|/)gate/layer_\d+/kernel$', ('whole', 'whole')),
     (r'(^|/)gate/(layer_\d+/bias|scale)$', ('whole',)),
+    (r'features/(answer_cD|prompt_nD)$', ('whole', 'whole')),
     (r'(^|/)count$', ()),  # an optimiser's, one a member
 )
 

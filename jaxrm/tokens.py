@@ -213,7 +213,8 @@ class _Options(NamedTuple):
 
 def _ends(tokenizer: Any, codec: chat.Codec) -> _Ends:
     probe = tokenizer.backend_tokenizer.encode('a', add_special_tokens=True)
-    front = probe.ids[: probe.special_tokens_mask.index(0)]
+    begin = probe.attention_mask.index(1)  # a backend may pad
+    front = probe.ids[begin : probe.special_tokens_mask.index(0)]
     if len(front) > 1:
         raise ValueError(f'tokenizer: found {len(front)} tokens added in front, expected BOS alone')
     bos, eos = front[0] if front else tokenizer.bos_token_id, tokenizer.eos_token_id

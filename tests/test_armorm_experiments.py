@@ -19,10 +19,12 @@ from experiments import (
     armorm_world,
     common,
     gating,
+    variants,
 )
 from jaxrm import checkpoint, data, evaluate, features, heads, hf_heads, reward, statistics, tree
 from jaxrm.backbones.layers import Decoder
 from jaxrm.datasets import synthetic
+from jaxrm.regress import Scale
 
 SIZES = {'prompts': 120, 'pairs': 96, 'test_pairs': 40, 'rated': 0.9}
 GATE = {'max_steps': 4, 'train_batch_size': 16, 'gating_hidden_dim': 8, 'save_steps': 2}
@@ -49,6 +51,7 @@ def phases(decoder, tmp_path_factory):
     out = tmp_path_factory.mktemp('phases')
     given = {**SIZES, 'model_name_or_path': decoder, 'cache': out / 'cache'}
     given['features'] = out / 'features'
+    given['stored_scales'] = ('verbosity=0:4',)
     one = armorm_features.Config(**given)
     two = armorm_objectives.Config(**given, output_dir=out / 'objectives')
     three = armorm_gate.Config(
@@ -146,7 +149,8 @@ def test_penalties_are_those_of_the_reference(phases):
             if j != v:
                 want = statistics.spearman(x_cJ[:, j], reward_cJ[:, v])
                 assert said[name][key] == pytest.approx(want, abs=1e-3)
-        assert j == v or said[name]['penalty'] == 1 or said[name]['after'] <= 0.031
+        # rounding may change the place of a rank or two
+        assert j == v or said[name]['penalty'] == 1 or said[name]['after'] <= 0.03 + 1e-5
 
 
 def test_the_export_scores_as_the_gate_did(phases):
@@ -155,6 +159,7 @@ def test_the_export_scores_as_the_gate_did(phases):
     model = jaxrm.load(three.output_dir / 'model')
     scores = model.score_records(test.records)
     right = evaluate.pairs(evaluate.ranks(test.records), scores).accuracy
+    assert result(three)['left_out'] == {'pairs': 0, 'ratings': 0, 'reference': 0}
     said = result(three)['accuracy']
     assert said['gate'][0][0] == pytest.approx(right.mean(), abs=1e-6)
     assert set(said) == {
@@ -165,6 +170,7 @@ def test_the_export_scores_as_the_gate_did(phases):
     (why,) = model.explain([talk])
     assert why.objectives == synthetic.QUALITIES
     assert why.contribution_J.sum() == pytest.approx(scores[0][0], abs=1e-5)
+    assert why.scales == tuple(Scale(0, 4) if n == 'verbosity' else None for n in why.objectives)
     config = json.loads((three.output_dir / 'model' / 'config.json').read_text())
     assert [config[k] for k in hf_heads.GATING] == [J, 10, 8, 3]
 
@@ -209,6 +215,31 @@ def test_a_fit_to_another_model_is_refused(phases, tmp_path):
         armorm_gate.main(c)
 
 
+@pytest.mark.parametrize(
+    ('flag', 'now'),
+    [('seed', 1), ('length_bias', 0.5), ('pairs', 95), ('verbosity', 'tone'), ('chat', True)],
+)
+def test_a_fit_to_other_data_is_refused(phases, tmp_path, flag, now):
+    _, two, three = phases
+    c = dataclasses.replace(three, output_dir=tmp_path, **{flag: now})
+    found = f'is of a run with {flag} {getattr(two, flag)!r}, not {now!r}'
+    with pytest.raises(ValueError, match=f'^{re.escape(f"{two.output_dir}: {found}")}$'):
+        armorm_gate.main(c)
+    armorm_gate.check_same(dataclasses.replace(three, test_pairs=7), result(two))
+
+
+def test_the_gate_of_the_public_script_is_compared_and_not_exported(phases, tmp_path):
+    """It is worth the uniform weights without the transform, and no model to keep."""
+    _, two, three = phases
+    c = dataclasses.replace(three, output_dir=tmp_path, script_softmax=True, dropout=0.0)
+    armorm_gate.main(c)
+    said = result(c)['accuracy']
+    assert said['gate'] == said['uniform weights'][:1]
+    assert not (tmp_path / 'model').exists()
+    with pytest.raises(ValueError, match=r'^script_softmax: found a gate that weighs nothing'):
+        armorm_gate.export(c, {}, result(two))
+
+
 def test_a_stopped_gate_goes_on(phases, tmp_path, monkeypatch):
     _, _, three = phases
     c = dataclasses.replace(three, output_dir=tmp_path / 'stopped')
@@ -238,44 +269,7 @@ def test_a_stopped_gate_goes_on(phases, tmp_path, monkeypatch):
     assert [line['step'] for line in lines] == [1, 2, 3, 4]
 
 
-# Data
-
-
-def write(path, rows):
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return str(path)
-
-
-def test_files(decoder, tmp_path):
-    """Answers with a rating a column on its own scale, and pairs of which some are held out."""
-    rows, pairs = [], []
-    for record in synthetic.preferences(30, seed=0, labels='gold'):
-        for answer, rating in zip(record.responses, record.ratings, strict=True):
-            talk = [*record.messages, {'role': 'assistant', 'content': answer}]
-            grade = None if len(rows) % 3 else 4 * round(rating[4])
-            rows.append({'messages': talk, 'polite': grade, 'long': rating[5], 'other': 'x'})
-        sides = dict(zip(('chosen', 'rejected'), record.responses, strict=True))
-        pairs.append({'prompt': record.messages, **sides})
-    c = armorm.Data(
-        model_name_or_path=decoder, cache=None, verbosity='long',
-        dataset_ratings=write(tmp_path / 'rated.jsonl', rows),
-        dataset_pairs=write(tmp_path / 'pairs.jsonl', pairs),
-        rating_columns=('polite', 'long'), rating_scales=('polite=0:4',),
-    )  # fmt: skip
-    read = found(c, ('ratings', 'pairs', 'test', 'reference'))
-    assert read['ratings'].objectives == ('polite', 'long')
-    rating_cJ = armorm.scaled(c, read['ratings'].tokens.rating, ('polite', 'long'))
-    want = [[np.nan if r['polite'] is None else r['polite'] / 5 + 0.1, r['long']] for r in rows]
-    np.testing.assert_allclose(rating_cJ, want, rtol=1e-6)
-    sizes = [len(read[name].records) for name in ('pairs', 'test')]
-    assert sum(sizes) == 30
-    assert 0 < sizes[1] < 15
-    assert not {*map(str, prompts(read['pairs']))} & {*map(str, prompts(read['test']))}
-    assert read['reference'].records == read['pairs'].records
-
-
-def prompts(some):
-    return [r.messages for r in some.records]
+# Flags and tables
 
 
 @pytest.mark.parametrize(
@@ -284,6 +278,10 @@ def prompts(some):
         ({'dataset_pairs': 'p.jsonl'}, 'dataset_ratings, dataset_pairs: found one of them'),
         ({'rating_scales': ('long',)}, "--rating_scales: found 'long', expected name=low:high"),
         ({'rating_scales': ('short=0:4',)}, "--rating_scales: found 'short', expected one of"),
+        (
+            {'rating_scales': ('verbosity=0:4',)},
+            r"--stored_scales: found \['verbosity'\], which --rating_scales gives, too",
+        ),
         ({'verbosity': 'size'}, "--verbosity: found 'size', expected one of"),
     ],
 )
@@ -293,60 +291,24 @@ def test_wrong_flags(phases, tmp_path, flags, message):
         armorm_objectives.main(dataclasses.replace(two, **flags, output_dir=tmp_path))
 
 
-def test_the_released_data_is_named():
-    s = armorm.Data(preset='armorm', dataset_test='mine.jsonl').sources
-    assert len(s.columns) == 19
-    assert s.columns.index(s.verbosity) == 4
-    assert s.test == 'mine.jsonl'
-    assert all('/' in name for name in (s.model, s.ratings, s.pairs, s.reference))
-
-
-def test_the_world_is_rated_in_part_and_shares_no_prompt():
-    some, objectives = armorm.world(armorm.Data(prompts=300, pairs=300, test_pairs=100, rated=0.2))
-    assert objectives == synthetic.QUALITIES
-    rating = np.array([r.ratings for r in some['ratings']])
-    whole = synthetic.preferences(300, seed=0, split='validation', labels='none')
-    whole = np.array([r.ratings for r in whole])
-    here = ~np.isnan(rating)
-    np.testing.assert_array_equal(rating[here], whole[here])
-    assert here.sum() / (~np.isnan(whole)).sum() == pytest.approx(0.2, abs=0.02)
-    texts = [{str(r.messages) for r in some[name]} for name in ('ratings', 'pairs', 'test')]
-    assert not texts[0] & texts[1]
-    assert not texts[1] & texts[2]
-
-
-def test_a_liking_for_length_is_in_the_ratings_alone():
-    sizes = {'prompts': 60, 'pairs': 800, 'test_pairs': 10, 'rated': 1.0}
-    plain, biased = (armorm.world(armorm.Data(**sizes, length_bias=bias))[0] for bias in (0.0, 1.0))
-    v = synthetic.QUALITIES.index('verbosity')
-    rating, liked = (np.array([r.ratings for r in some['ratings']]) for some in (plain, biased))
-    want = (rating + rating[..., [v]]) / 2
-    want[..., v] = rating[..., v]
-    np.testing.assert_allclose(liked, want)
-    assert [r.responses for r in biased['pairs']] == [r.responses for r in plain['pairs']]
-    worth = [(np.nan_to_num(r.ratings) * (np.arange(J) != v)) @ armorm.weights(r.group)
-             for r in biased['pairs']]  # fmt: skip
-    better = [r.ranks.index(0) for r in biased['pairs']]
-    chosen = np.array([w[b] - w[1 - b] for w, b in zip(worth, better, strict=True)])
-    likely = 1 / (1 + np.exp(-np.abs(chosen) / synthetic.TEMPERATURE))
-    assert (chosen > 0).mean() == pytest.approx(likely.mean(), abs=0.05)
-
-
-# The table
-
-
 def test_cells_become_a_table(tmp_path, monkeypatch, capfd):
+    """Intervals over the seeds are Student's; over prompts, records of a prompt go together."""
     monkeypatch.setattr(armorm_world, 'RESULTS', tmp_path)
     c = armorm_world.Config(seeds=(1, 2), only_table=True)
-    for seed, digits in ((1, '1101'), (2, '1111')):
-        rows = {'gate': {'right': digits, 'scale': seed}, 'uniform weights': {'right': '0101'}}
-        cell = {'flags': armorm_world.flags(c), 'rows': rows}
+    for seed, right in ((1, [1, 1, 0, 1]), (2, [1, 1, 1, 1])):
+        rows = {
+            'gate': {'right': armorm_world.packed(np.array(right)), 'scale': seed},
+            'uniform weights': {'right': armorm_world.packed(np.array([0, 1, 0, 1]))},
+        }
+        prompt = ' '.join([f'{seed:x}'] * 4)
+        cell = {'flags': armorm_world.flags(c), 'rows': rows, 'prompt': prompt}
         common.write_json(tmp_path / f'length-language_model-{seed}.json', cell)
     armorm_world.main(c)
     said = capfd.readouterr().out
-    assert '| gate | 0.875 [' in said
-    assert '0.750 to 1.000 |  | scale 1.50 |' in said
-    assert '0.500 to 0.500 | 0.375 [' in said
+    half = 12.706 * 0.25 / 2  # t of one degree of freedom
+    assert f'| gate | 0.875 [0.750, 1.000] | [{0.875 - half:.3f}, {0.875 + half:.3f}] |  |' in said
+    assert '|  |  | scale 1.50 |' in said
+    assert '| 0.500 [0.500, 0.500] | [0.500, 0.500] | 0.375 [0.250, 0.500] |' in said
     with pytest.raises(ValueError, match=r'length-language_model-1\.json: is of a run with'):
         armorm_world.main(dataclasses.replace(c, max_steps=7))
 
@@ -389,6 +351,8 @@ def test_a_cell_of_each_part(decoder, tmp_path, monkeypatch):
     assert set(cells) == {f'{part}-1.json' for part in armorm_world.PARTS}
     routing = cells['routing-language_model-1.json']
     assert routing['softmax over the pair']['right'] == routing['uniform weights']['right']
-    assert routing['gate'] != routing['gate, shuffled prompts']
+    assert routing['gate, scale frozen at 1']['scale'] == 1
+    assert routing['gate, scale from 1']['scale'] != 1
+    assert len({json.dumps(routing[name]) for name in variants.VARIANTS}) == len(variants.VARIANTS)
     for rows in cells.values():
-        assert {len(row['right']) for row in rows.values()} == {SIZES['test_pairs']}
+        assert {len(row['right']) for row in rows.values()} == {SIZES['test_pairs'] // 4}

@@ -10,7 +10,7 @@ import plain
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxrm import lora, packing, tree
+from jaxrm import lora, members, packing, tree
 from jaxrm.backbones import attention
 from jaxrm.backbones.layers import Decoder
 
@@ -222,7 +222,7 @@ def test_experts_under_vmap_with_a_kernel_under_shard_map(remat):
         numbers = experts(stack)
         return (numbers * jnp.array([1.0, 2.0])).sum(), numbers
 
-    (_, numbers), got = jax.jit(jax.value_and_grad(weighted, has_aux=True))(lora.stack(adapters))
+    (_, numbers), got = jax.jit(jax.value_and_grad(weighted, has_aux=True))(members.stack(adapters))
     for e in range(2):
         (want, _), (_, gradient) = plain_gradients(e)
         np.testing.assert_allclose(numbers[e], want, rtol=1e-5)

@@ -82,35 +82,28 @@ def planted(seed, bias=0.0):
     return Planted(head, plain, learnt[:2], held[:2], oracle, held[3][:, LENGTH])
 
 
-@functools.cache
-def stepping(dropout):
-    """One step of C, compiled once for all that learn."""
-    rm, _ = gating.start(C, planted(0).head, seed=0)
-    objective = train.preference(features.scored(rm.rewards), dropout=dropout)
-    return rm, jax.jit(
-        functools.partial(train.step, objective=objective, tx=gating.optimiser(C)[1])
-    )
-
-
-def learned(p, head, seed, *, shuffle=False, dropout=C.dropout):
-    """Scores [c] of the held-out answers by a gate that has learned."""
-    (of, some), (held, held_tokens) = p.learnt, p.held
+def lesson(p, head, seed, *, shuffle=False):
+    """What a gate learns from and is tested on, in ratings."""
+    learnt, held = ((gating.rated(head, of), some) for of, some in (p.learnt, p.held))
     if shuffle:
         rng = np.random.default_rng(seed)
-        of, held = (x._replace(prompt_nD=rng.permutation(x.prompt_nD)) for x in (of, held))
-    rm, step = stepping(dropout)
-    _, gate = gating.start(C, head, seed=seed)
-    state = train.start({'gate': gate}, gating.optimiser(C)[1], mesh_of())
-    batches = gating.stream(C, of, some, mesh_of(), seed)
-    for i in range(C.max_steps):
-        state, _ = step(state, {'head': head}, batches(i), jax.random.key(seed))
-    params = {'head': head, **state.trainable}
-    return features.candidate_scores(scoring(), params, held, held_tokens, mesh=mesh_of())
+        learnt, held = (gating.shuffled(x, rng) for x in (learnt, held))
+    return gating.Lesson(*learnt, seed), held
 
 
 @functools.cache
-def scoring():
-    return jax.jit(features.scored(stepping(C.dropout)[0].rewards))
+def learned():
+    """Scores [c] of the held-out answers, by name and seed: all gates learn in one program."""
+    tasks = {}
+    for seed in SEEDS:
+        p, likes = planted(seed), planted(seed, bias=0.5)
+        tasks['gate', seed] = lesson(p, p.plain, seed)
+        tasks['shuffled', seed] = lesson(p, p.plain, seed, shuffle=True)
+        tasks['plain', seed] = lesson(likes, likes.plain, seed)
+        tasks['head', seed] = lesson(likes, likes.head, seed)
+    rm, gates = gating.learn(C, [x for x, _ in tasks.values()], K + 1, mesh=mesh_of())
+    each = zip(tasks.items(), gates, strict=True)
+    return {key: gating.scores(rm, gate, held, mesh_of()) for (key, (_, held)), gate in each}
 
 
 def test_the_gate_routes_where_routing_is_planted():
@@ -118,12 +111,11 @@ def test_the_gate_routes_where_routing_is_planted():
     right = {name: [] for name in ('gate', 'shuffled', 'uniform', 'best', 'any sign', 'oracle')}
     for seed in SEEDS:
         p = planted(seed)
-        fixed = gating.alike(p.plain, p.learnt, p.held)
-        found = {
-            'gate': learned(p, p.plain, seed),
-            'shuffled': learned(p, p.plain, seed, shuffle=True),
-            **dict(zip(('uniform', 'best', 'any sign'), fixed.values(), strict=True)),
-        }
+        ratings = [(gating.rated(p.plain, of), some) for of, some in (p.learnt, p.held)]
+        found = {name: learned()[name, seed] for name in ('gate', 'shuffled')}
+        found |= dict(
+            zip(('uniform', 'best', 'any sign'), gating.alike(*ratings).values(), strict=True)
+        )
         for name, score in found.items():
             right[name].append(gating.right(score, p.held[1]).mean())
         right['oracle'].append(p.oracle.mean())
@@ -141,7 +133,7 @@ def test_the_transform_takes_length_out_of_the_score():
     for seed in SEEDS:
         p = planted(seed, bias=0.5)
         for name in found:
-            score = learned(p, getattr(p, name), seed)
+            score = learned()[name, seed]
             likes = statistics.spearman(score, p.length)
             found[name].append((gating.right(score, p.held[1]).mean(), likes))
     (accuracy, likes), (debiased, little) = (np.mean(x, 0) for x in found.values())
@@ -151,11 +143,18 @@ def test_the_transform_takes_length_out_of_the_score():
     assert debiased > np.mean([planted(seed, 0.5).oracle.mean() for seed in SEEDS]) - 0.03
 
 
+def begun(c, p, *, devices=1):
+    """A model of ratings, a state before its first step, and batches."""
+    mesh, rm = mesh_of(devices), gating.model(c, K + 1)
+    gate = gating.start(rm, D, seed=0, scale=c.initial_scale)
+    state = train.start({'gate': gate}, gating.optimiser(c)[1], mesh)
+    of, some = p.learnt
+    return rm, gate, state, gating.stream(c, gating.rated(p.head, of), some, mesh, 0)
+
+
 def run(c, p, *, hooks=(), saved=None):
-    """The parameters and the state after train.fit; goes on from `saved`."""
-    mesh, tx = mesh_of(), gating.optimiser(c)[1]
-    rm, gate = gating.start(c, p.head, seed=0)
-    state = train.start({'gate': gate}, tx, mesh)
+    """The gate and the state after train.fit; goes on from `saved`."""
+    rm, _, state, batches = begun(c, p)
     if saved is not None:
         state = resume.restore(saved, state, run={})
     history = []
@@ -163,9 +162,8 @@ def run(c, p, *, hooks=(), saved=None):
     def keep(done, state, metrics):  # the next step takes the state's place
         history.append((state, metrics, float(state.trainable['gate']['scale'][0])))
 
-    batches = gating.stream(c, *p.learnt, mesh, 0)
-    params = gating.fit(c, rm, state, p.head, batches, mesh=mesh, seed=0, hooks=[(1, keep), *hooks])
-    return params, history
+    hooks, key = [(1, keep), *hooks], jax.random.key(0)
+    return gating.fit(c, rm, state, batches, key, mesh=mesh_of(), hooks=hooks), history
 
 
 def leaves(tree):
@@ -183,20 +181,58 @@ def short():
 
 
 def test_nothing_but_the_gate_learns(short):
-    params, history = short
-    p, (state, *_) = planted(0), history[-1]
-    for name, x in leaves(p.head).items():
-        assert leaves(params['head'])[name].tobytes() == x.tobytes()
-    before = leaves(gating.start(SHORT, p.head, seed=0)[1])
-    after = leaves(params['gate'])
+    """The optimiser does not even remember anything else; the head is no argument of a fit."""
+    gate, history = short
+    before, after = leaves(begun(SHORT, planted(0))[1]), leaves(gate)
     assert before.keys() == after.keys()
     assert all((before[name] != after[name]).any() for name in before)
+    (state, *_) = history[-1]
     kept = {name for name, x in leaves(state.opt).items() if x.ndim}
     assert kept
     assert all('/gate/' in name for name in kept)
     assert sum(x.size for x in leaves(state.opt).values() if x.ndim) == 2 * sum(
         x.size for x in after.values()
     )
+
+
+def test_a_scale_that_does_not_learn():
+    c = dataclasses.replace(SHORT, learn_scale=False, max_steps=3)
+    gate, _ = run(c, planted(0))
+    before = leaves(begun(c, planted(0))[1])
+    assert gate['scale'].tolist() == [1.0]
+    assert all((x != before[name]).any() for name, x in leaves(gate).items() if name != 'scale')
+
+
+def test_gates_together_are_gates_alone(short):
+    """Of other seeds, with other data and another scale to start from."""
+    mesh, lessons = mesh_of(), []
+    for seed in (0, 1):
+        of, some = planted(seed).learnt
+        lessons.append(gating.Lesson(gating.rated(planted(seed).head, of), some, seed))
+    lessons[1] = lessons[1]._replace(scale=3.0)
+    both = gating.learn(SHORT, lessons, K + 1, mesh=mesh)[1]
+    alone = gating.learn(SHORT, lessons[1:], K + 1, mesh=mesh)[1]
+    for one, other in ((short[0], both[0]), (alone[0], both[1])):
+        for name, x in leaves(one).items():
+            np.testing.assert_allclose(leaves(other)[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert abs(both[1]['scale'] - 3) < 0.1
+
+
+def test_ratings_are_all_that_a_gate_needs_of_answers():
+    """Scores and slopes by ratings are those of the whole head on the features."""
+    p, rm = planted(0, bias=0.5), gating.model(C, K + 1)
+    gate = gating.start(rm, D, seed=3, scale=2.0)
+    of, some = p.held
+    rated = gating.rated(p.head, of)
+    objective = train.preference(features.scored(rm.rewards))
+    slopes = jax.jit(functools.partial(train.gradients, objective))
+    want, found = (
+        slopes({'gate': gate}, {'head': head}, features.batch(x, some, np.arange(N)[None]), None)
+        for head, x in ((p.head, of), (gating.plain(K + 1), rated))
+    )
+    for a, b in zip(*map(jax.tree.leaves, (want, found)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6)
+    assert abs(rated.answer_cD - gating.rates(p.head, of, script=True)).max() > 0.1
 
 
 def test_the_first_loss_is_that_of_a_coin(short):
@@ -225,13 +261,11 @@ def test_the_scale_moves_by_the_learning_rate(short):
 def test_dropout_is_in_training_alone(short):
     """The first loss is not that of the plain network, the scores are."""
     p = planted(0)
-    rm, gate = gating.start(SHORT, p.head, seed=0)
-    params = {'head': p.head, 'gate': gate}
-    batch = gating.stream(SHORT, *p.learnt, mesh_of(), 0)(0)
-    calm = train.preference(features.scored(rm.rewards))(params, batch, jax.random.key(0))
+    rm, gate, _, batches = begun(SHORT, p)
+    params = {'head': gating.plain(K + 1), 'gate': gate}
+    calm = train.preference(features.scored(rm.rewards))(params, batches(0), jax.random.key(0))
     assert abs(float(calm[0]) - float(short[1][0][1]['loss'])) > 1e-6
-    rm, gate = gating.start(C, p.head, seed=0)
-    params = {'head': p.head, 'gate': gate}
+    rm, gate, *_ = begun(C, p)
     of, some = p.held
     h = of.prompt_nD.astype(np.float64)
     for i in range(3):
@@ -240,21 +274,22 @@ def test_dropout_is_in_training_alone(short):
         h = np.maximum(h, 0) if i < 2 else h
     weight = np.exp(h / 10) / np.exp(h / 10).sum(1, keepdims=True) * 20
     want = (gating.rates(p.head, of) * np.repeat(weight, 2, axis=0)).sum(1)
-    found = gating.scores(rm, params, of, some, mesh_of())
+    found = gating.scores(rm, gate, (gating.rated(p.head, of), some), mesh_of())
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_devices_share_a_batch(short):
     """Eight devices draw other packs of the same records: the same numbers as one."""
     p, params = planted(0), []
+    whole = begun(C, p, devices=8)[3](0)
     for devices in (1, 8):
-        rm, gate = gating.start(C, p.head, seed=0)
+        rm, _, state, _ = begun(C, p)
         mesh, tx = mesh_of(devices), gating.optimiser(C)[1]
-        state = train.start({'gate': gate}, tx, mesh)
+        state = train.start(state.trainable, tx, mesh)
         objective = train.preference(features.scored(rm.rewards))
         update = train.jitted(state, mesh, objective=objective, tx=tx)
-        frozen = sharding.place({'head': p.head}, mesh)
-        batch = sharding.place_batch(gating.stream(C, *p.learnt, mesh_of(8), 0)(0), mesh)
+        frozen = sharding.place({'head': gating.plain(K + 1)}, mesh)
+        batch = sharding.place_batch(whole, mesh)
         with jax.set_mesh(mesh):
             params.append(update(state, frozen, batch, jax.random.key(0))[1])
     for name, x in params[0].items():
@@ -269,10 +304,10 @@ def test_an_interrupted_run_goes_on_as_if_it_were_not(tmp_path, short):
     saver = resume.Saver(tmp_path, steps=6, every=2, run={})
     with saver, pytest.raises(KeyboardInterrupt):
         run(SHORT, planted(0), hooks=[(1, saver), (1, stop)])
-    params, history = run(SHORT, planted(0), saved=tmp_path)
+    gate, history = run(SHORT, planted(0), saved=tmp_path)
     assert len(history) == 2
     for name, x in leaves(short[0]).items():
-        assert leaves(params)[name].tobytes() == x.tobytes(), name
+        assert leaves(gate)[name].tobytes() == x.tobytes(), name
 
 
 def test_best_weights_equal_a_search():

@@ -5,43 +5,21 @@ The goldens are of a module of torch written from the paper; see tests/reference
 
 import functools
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_goldens import GOLDENS, golden, load, token_trees
+from gated_tiny import GATED, TALKS, assert_near, five, loaded, record
+from torch_goldens import golden
 
 import jaxrm
-from jaxrm import heads, marker, packing, tokens
-from jaxrm.backbones.layers import Decoder
-from jaxrm.data import DataError, Ids, Preference
+from jaxrm import heads, packing
+from jaxrm.data import Preference
 from jaxrm.reward import Features, RewardModel
 
-GATED = GOLDENS.parent / 'gated'
-TALKS = json.loads((GATED / 'k19.json').read_text())
 PARTS = {'rewards': 2e-5, 'weights': 2e-6, 'coefficients': 2e-6, 'score': 5e-5}
 VERBOSITY, KEY = 4, jax.random.key(0)
-
-
-@functools.cache
-def loaded():
-    return jaxrm.load(GATED / 'k19', dtype='float32')
-
-
-def talk(*turns, system=None):
-    roles = ('user', 'assistant') * len(turns)
-    messages = [{'role': r, 'content': t} for r, t in zip(roles, turns, strict=False)]
-    return [{'role': 'system', 'content': system}, *messages] if system else messages
-
-
-def record(talk):
-    return Preference(tuple(talk[:-1]), (talk[-1]['content'],))
-
-
-def assert_near(got, want, tolerance):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
 
 # The head by itself
@@ -141,23 +119,40 @@ def slope(model, params, z):
     return jax.jit(jax.grad(loss))(params['gate'])
 
 
-def test_a_softmax_over_the_pair_cannot_learn_to_route():
-    """As in RLHFlow's public script: both rows of a pair hold the same prompt."""
+@pytest.mark.parametrize('script', [False, True])
+def test_the_gate_of_the_public_script_cannot_learn_to_route(script):
+    """Its softmax is over the two rows of a pair, which hold the same prompt."""
     z = Features(drawn()[2].answer_BMD[:, :2], drawn()[2].prompt_BD)
-    for axis in (-1, -2):
-        model, params, _ = drawn(axis=axis)
-        weight = taken_apart(model, params, z).weight_MJ
-        slopes = jax.tree.map(lambda x: abs(np.asarray(x)).max(), slope(model, params, z))
-        assert slopes.pop('scale') > 1e-3
-        scale = float(params['gate']['scale'][0])
-        if axis == -1:
-            assert weight.shape == (4, 1, 5)
-            assert_near(weight.sum(-1), scale, 1e-6)
-            assert all(x > 1e-6 for x in jax.tree.leaves(slopes))
-        else:
-            assert weight.shape == (4, 2, 5)
-            assert_near(weight, scale / 2, 1e-6)
-            assert max(jax.tree.leaves(slopes)) < 1e-7
+    model, params, _ = drawn(script_softmax=script)
+    weight = taken_apart(model, params, z).weight_MJ
+    slopes = jax.tree.map(lambda x: abs(np.asarray(x)).max(), slope(model, params, z))
+    assert slopes.pop('scale') > 1e-3
+    scale = float(params['gate']['scale'][0])
+    if script:
+        assert_near(weight, np.full((4, 2, 5), scale / 2), 1e-6)
+        assert max(jax.tree.leaves(slopes)) < 1e-7
+    else:
+        assert weight.shape == (4, 1, 5)
+        assert_near(weight.sum(-1), scale, 1e-6)
+        assert all(x > 1e-6 for x in jax.tree.leaves(slopes))
+
+
+def test_the_public_script_knows_neither_transform_nor_temperature():
+    z = Features(drawn()[2].answer_BMD[:, :2], drawn()[2].prompt_BD)
+    _, params, _ = drawn()
+    rate_BMJ = z.answer_BMD @ np.asarray(params['head']['regression']['kernel'], np.float64)
+    want = float(params['gate']['scale'][0]) / 2 * rate_BMJ.sum(-1)
+    for temperature in (1.0, 10.0):
+        model, *_ = drawn(script_softmax=True, temperature=temperature)
+        assert_near(jax.jit(model.rewards)(params, z), want, 1e-5)
+
+
+def test_the_public_script_needs_pairs():
+    model, params, z = drawn(script_softmax=True)
+    for M in (1, 3):
+        some = Features(z.answer_BMD[:, :M], z.prompt_BD)
+        with pytest.raises(ValueError, match=rf'script_softmax: found features \(4, {M}, 6\)'):
+            model.rewards(params, some)
 
 
 def test_dropout_is_for_training_and_needs_its_key():
@@ -181,18 +176,6 @@ def test_every_part_of_a_score_equals_torch():
     for name, ours in names:
         assert_near(np.array([getattr(x, ours) for x in found]), case[name], PARTS[name])
     assert_near(loaded().score(list(TALKS.values()), gate='marker'), case['score'], 5e-5)
-
-
-@functools.cache
-def five():
-    """The model of 5 objectives, jitted, and the golden rows padded."""
-    p, case = load(GATED / 'k5'), golden(GATED / 'k5')
-    head = {**p.head, 'gate': p.gate}
-    model = RewardModel(Decoder(p.config), heads.of('gated', p.config, head, temperature=2.5))
-    trees = token_trees(case)._replace(gate=case['gate'])
-    rows = packing.padded(trees, np.arange(4), case['ids_BS'].shape)
-    both = jax.jit(lambda params, pack: (model.features(params, pack), model.parts(params, pack)))
-    return p, case, trees, rows, both
 
 
 def test_rows_of_ids_equal_torch():
@@ -224,71 +207,6 @@ def test_the_stored_dtypes_are_kept_and_computed_in():
     assert 1e-5 < difference.max() < 0.1
 
 
-# Where the gate reads
-
-
-def test_ordinary_conversations_need_no_search():
-    case = golden(GATED / 'k19')
-    at = [i for i, name in enumerate(TALKS) if not name.startswith('marker')]
-    talks = [list(TALKS.values())[i] for i in at]
-    assert_near(loaded().score(talks), case['score'][at], 5e-5)
-    encoded = tokens.encode([record(t) for t in talks], loaded().tokenizer).tokens
-    np.testing.assert_array_equal(encoded.gate, case['gate'][at])
-
-
-@pytest.mark.parametrize('turns', [1, 2, 5])
-@pytest.mark.parametrize('system', [None, ' Be brief.\n'])
-@pytest.mark.parametrize('answer', ['Yes.', '', '\n\n\tYes.', 'no <MARKER> at all', '<MARKER>'])
-def test_the_gate_is_the_token_that_closes_the_last_user_turn(turns, system, answer):
-    tokenizer, found = loaded().tokenizer, marker.ids(loaded().tokenizer)
-    answer = answer.replace('<MARKER>', tokenizer.decode(found.tolist()))
-    said = [f'\n\n{x} {i} ' for i in range(turns) for x in ('question', 'answer')][:-1]
-    asked = talk(*said, system=system)
-    until = tokenizer.apply_chat_template(asked, return_dict=True)['input_ids']
-    pair = Preference(tuple(asked), (answer, 'No.'), ranks=(0, 1))
-    encoded = tokens.encode([pair], tokenizer).tokens
-    (gate,) = encoded.gate
-    assert gate == len(until) - 1
-    np.testing.assert_array_equal(encoded.ids[gate : gate + len(found)], found)
-    assert tokenizer.convert_ids_to_tokens(int(found[0])) == '<|eot_id|>'
-
-
-def test_an_answer_does_not_move_its_gate_but_in_the_search():
-    name, rm = 'marker in the answer', loaded()
-    prompt, injected = record(TALKS[name]).messages, TALKS[name]
-    plain = [*prompt, {'role': 'assistant', 'content': 'A turn begins.'}]
-    a, b = rm.explain([injected, plain])
-    np.testing.assert_array_equal(a.weight_J, b.weight_J)
-    found = {
-        how: rm.prepare([record(injected)], gate=how).tokens for how in ('structure', 'marker')
-    }
-    begin = {how: int(t.gate[0]) for how, t in found.items()}
-    until = rm.tokenizer.apply_chat_template(list(prompt), return_dict=True)['input_ids']
-    assert begin['structure'] == len(until) - 1
-    assert begin['marker'] == golden(GATED / 'k19')['gate'][list(TALKS).index(name)]
-    assert begin['marker'] > begin['structure'] + 9
-    moved, still = rm.explain([injected, plain], gate='marker')
-    assert abs(moved.weight_J - still.weight_J).max() > 1e-3
-
-
-def test_only_the_prompt_opens_the_gate():
-    """Bit for bit where the program is the same: rows of one shape."""
-    ask = lambda q, a: loaded().explain([talk(q, a)])[0]  # noqa: E731
-    one, same, longer, other = (
-        ask(*x)
-        for x in (
-            ('Is it?', 'Yes.'),
-            ('Is it?', 'No!'),
-            ('Is it?', 'Yes. ' * 30),
-            ('Is he?', 'Yes.'),
-        )
-    )
-    np.testing.assert_array_equal(one.weight_J, same.weight_J)
-    assert one.score != same.score
-    assert_near(longer.weight_J, one.weight_J, 1e-6)
-    assert abs(other.weight_J - one.weight_J).max() > 1e-3
-
-
 def test_order_and_company_change_nothing():
     rm, talks = loaded(), list(TALKS.values())[:5]
     scores = rm.score(talks)
@@ -298,40 +216,6 @@ def test_order_and_company_change_nothing():
     answers = [TALKS[name][-1]['content'] for name in ('one turn', 'another answer')]
     (pair,) = rm.score_records([Preference(prompt, tuple(answers))])
     assert_near(pair, scores[:2], 1e-5)
-
-
-def test_rows_of_ids_and_rendered_texts_are_searched():
-    rm, case = loaded(), golden(GATED / 'k19')
-    rows = [row[:n].tolist() for row, n in zip(case['ids_BS'], case['length_B'], strict=True)]
-    given = [Preference(Ids(row[:-3]), (Ids(row[-3:]),)) for row in rows[:2]]
-    texts = [Preference('', (rm.tokenizer.decode(row),), rendered=True) for row in rows[:2]]
-    for records in (given, texts):
-        got = np.concatenate(rm.score_records(records, gate='marker'))
-        assert_near(got, case['score'][:2], 5e-5)
-        with pytest.raises(DataError, match=r'^record 0: found plain text, expected messages'):
-            rm.score_records(records)
-
-
-def test_what_has_no_gate_to_read_is_refused():
-    rm, good = loaded(), talk('q', 'a')
-    with pytest.raises(DataError, match=r'^conversation 1: found no marker .* ids \[1, 2, '):
-        rm.score([good, 'plain text'], gate='marker')
-    with pytest.raises(DataError, match=r'^conversation 1: found plain text'):
-        rm.explain([good, 'plain text'])
-    with pytest.raises(ValueError, match=r"^gate: found 'ids', expected one of"):
-        rm.score([good], gate='ids')
-    plain = jaxrm.load(GOLDENS / 'seqcls')
-    with pytest.raises(ValueError, match='this model has no gate'):
-        plain.score([good], gate='marker')
-    with pytest.raises(ValueError, match=r'^head: found Scalar, expected Gated'):
-        plain.explain([good])
-
-
-def test_a_template_that_opens_no_turn_has_no_marker():
-    made = jaxrm.load(GATED / 'k19').tokenizer
-    made.chat_template = "{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
-    with pytest.raises(ValueError, match='does not open a turn of the assistant'):
-        marker.ids(made)
 
 
 # Explanations

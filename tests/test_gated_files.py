@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -276,6 +277,9 @@ def test_it_is_no_classifier_of_ratings():
         ('scales', [None] * 4),
         ('scales', [[0, 4], [0], None, None, None]),
         ('scales', [[4, 0], None, None, None, None]),
+        ('scales', [[2, 2], None, None, None, None]),
+        ('scales', [[0, math.inf], None, None, None, None]),
+        ('scales', [[math.nan, 4], None, None, None, None]),
         ('scales', [[0, '4'], None, None, None, None]),
     ],
 )

@@ -35,6 +35,15 @@ def test_prompts_come_and_go_together():
     assert found.high - found.low > 1.5 * np.diff(interval(x)[1:])
 
 
+def test_several_values_of_the_same_records():
+    """Each as by itself."""
+    rng = np.random.default_rng(0)
+    x, names = rng.normal(size=(90, 3)), rng.integers(0, 30, 90).tolist()
+    for prompts in (None, names):
+        for k, found in enumerate(intervals.each(x, prompts=prompts, draws=200)):
+            assert found == pytest.approx(interval(x[:, k], prompts=prompts, draws=200), rel=1e-12)
+
+
 def test_repeating_a_record_adds_nothing():
     x = np.random.default_rng(0).normal(size=50)
     names = list(range(50))

@@ -79,6 +79,16 @@ def test_numbers_are_strict_json_and_short(tmp_path):
     assert math.isnan(logs.read(tmp_path / 'metrics.jsonl')[0]['loss'])
 
 
+def test_several_models_have_a_mean_and_a_spread_of_those_that_take_part(tmp_path):
+    values = {'loss': [1.0, math.nan, 4.0], 'count': [3, 0, 6], 'accuracy': [math.nan] * 3}
+    with logs.Log(tmp_path, steps=1) as log:
+        log(1, None, {name: Value(x) for name, x in values.items()})
+    (line,) = logs.read(tmp_path / 'metrics.jsonl')
+    assert (line['loss'], line['loss_std'], line['count']) == (2.5, 1.5, 3)
+    assert line['count_std'] == pytest.approx(6**0.5)
+    assert math.isnan(line['accuracy'])
+
+
 @pytest.mark.parametrize('dtype', [np.float32, np.float64, np.float16])
 def test_numbers_read_back_the_same(dtype):
     for x in np.random.default_rng(0).normal(size=100).astype(dtype):

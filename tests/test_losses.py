@@ -241,3 +241,75 @@ def test_next_token_equals_a_loop_over_trees(seed):
     got, count = losses.next_token(jnp.asarray(logits, jnp.float32), pack.ids_PN, pack.pos_PN)
     np.testing.assert_array_equal(count, has)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def pair(gap, **options):
+    """Bradley-Terry of one pair whose better answer scores higher by `gap`."""
+    score = jnp.stack([gap / 2, -gap / 2])[None]
+    return losses.bradley_terry(score, jnp.array([[0, 1]]), **options)[0]
+
+
+def test_no_margin_and_no_smoothing_is_bradley_terry_bit_for_bit():
+    score, rank, *_ = batch(3)
+    zero = jnp.zeros_like(score)
+    got = losses.bradley_terry(score, rank, margin_BM=zero, smoothing_B=zero[:, 0])
+    np.testing.assert_array_equal(got, losses.bradley_terry(score, rank))
+
+
+def test_swapping_answers_turns_the_difference_and_the_margin_belongs_to_the_order():
+    gap, margin = jnp.float32(0.8), jnp.array([[0.3, 0.0]])
+    score, swapped = jnp.array([[0.4, -0.4]]), jnp.array([[1, 0]])
+    got = losses.bradley_terry(score, swapped)[0]
+    np.testing.assert_array_equal(got, pair(-gap))
+    # margin 0.3 stays with the first answer, now the worse one: z = -0.8 + 0.3
+    got = losses.bradley_terry(score, swapped, margin_BM=margin)[0]
+    np.testing.assert_allclose(got, softplus(0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(('alpha', 'margin'), [(0.1, 0.0), (0.3, 1.7), (0.1, -2.0)])
+def test_the_optimum_with_smoothing_and_margin(alpha, margin):
+    """At margin + log((1 - alpha) / alpha), where the slope is 0; 2.197 for 0.1 without margin."""
+    options = {'margin_BM': jnp.array([[margin, 0.0]]), 'smoothing_B': jnp.array([alpha])}
+    slope = jax.grad(lambda gap: pair(gap, **options))
+    best = margin + np.log((1 - alpha) / alpha)
+    assert abs(slope(jnp.float32(best))) < 1e-6
+    for gap in (-3.0, 0.0, 4.0):
+        want = 1 / (1 + np.exp(-(gap - margin))) - (1 - alpha)
+        np.testing.assert_allclose(slope(jnp.float32(gap)), want, atol=1e-6)
+    assert pair(jnp.float32(best), **options) < pair(jnp.float32(best + 0.2), **options)
+
+
+def test_a_margin_outside_the_sigmoid_would_teach_nothing():
+    """Equation 6 of Secrets II as printed: a constant, with the slope of no margin at all."""
+    gap, margin = jnp.float32(0.6), 1.5
+    printed = lambda gap: pair(gap) - margin  # noqa: E731
+    inside = lambda gap: pair(gap, margin_BM=jnp.array([[margin, 0.0]]))  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(printed)(gap), jax.grad(pair)(gap))
+    np.testing.assert_allclose(jax.grad(inside)(gap), -1 / (1 + np.exp(gap - margin)), rtol=1e-5)
+    assert jax.grad(inside)(gap) < 2 * jax.grad(pair)(gap)
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_saturating_equals_a_loop(seed):
+    score, rank, margin, smoothing = batch(seed)
+    score = 4 * score
+    sigmoid = lambda z: 1 / (1 + np.exp(-np.float64(z)))  # noqa: E731
+    cost = lambda z: -np.log(sigmoid(z) + 1e-5)  # noqa: E731
+
+    def one(b, m, a):
+        gaps = (np.float64(score[b, i]) - score[b, j] - (m[i] - m[j]) for i, j in pairs(rank[b]))
+        return mean((1 - a) * cost(z) + a * cost(-z) for z in gaps)
+
+    none = 0 * margin
+    got = losses.saturating(score, rank)
+    np.testing.assert_allclose(got, [one(b, none[b], 0) for b in range(7)], atol=2e-6)
+    got = losses.saturating(score, rank, margin_BM=margin, smoothing_B=smoothing)
+    np.testing.assert_allclose(got, [one(b, margin[b], smoothing[b]) for b in range(7)], atol=5e-6)
+
+
+def test_saturating_gives_up_on_pairs_that_are_very_wrong():
+    """At -10 its slope is 18 % short, at -11.5 half, at -15 only 3 % are left, at -1e4 none."""
+    order = jnp.array([[0, 1]])
+    slope = jax.grad(lambda gap: losses.saturating(jnp.stack([gap, 0 * gap])[None], order)[0])
+    found = [float(slope(jnp.float32(gap))) for gap in (0.0, -10.0, -11.5, -15.0, -1e4, 1e4)]
+    np.testing.assert_allclose(found, [-0.5, -0.82, -0.503, -0.0297, 0, 0], atol=1e-3)

@@ -68,12 +68,14 @@ def touching(found, *lengths) -> list[dict]:
 
 
 ADAPTER = [('training', 1, 16, 1), ('training_windows', 1, 16, 1), ('training', 1, 8, 2)]
+MEMBERS = [('members', 1, 16, 1), ('members_in_turn', 1, 16, 1)]  # three of ADAPTER[0]
 EVERYTHING = ('training_everything', 1, 16, 1)
 SCORING = ('scoring', 1, 16, 1)
 
 
 @pytest.mark.parametrize(
-    ('program', 'kinds'), [(p, 2 if 'windows' in p[0] else 1) for p in [*ADAPTER, EVERYTHING]]
+    ('program', 'kinds'),
+    [(p, 2 if 'windows' in p[0] else 1) for p in [*ADAPTER, *MEMBERS, EVERYTHING]],
 )
 def test_kernels_of_training(program, kinds):
     """One of each a row class and kind of layer; the forward one once more, rematerialised."""
@@ -86,7 +88,7 @@ def test_kernels_of_scoring():
     assert compiled(*SCORING)['kernels'] == ['splash_mha_fwd_no_residuals'] * len(LENGTHS)
 
 
-@pytest.mark.parametrize('program', ADAPTER)
+@pytest.mark.parametrize('program', [*ADAPTER, *MEMBERS])
 def test_the_state_is_updated_in_place(program):
     found = compiled(*program)
     assert found['state'] == found['aliases'] > 0
@@ -112,12 +114,12 @@ def test_the_gradients_of_weights_that_learn_are_seen():
     assert max(math.prod(s) for c in sums for s in c['shapes']) >= KERNEL
 
 
-@pytest.mark.parametrize('program', [*ADAPTER, EVERYTHING, SCORING])
+@pytest.mark.parametrize('program', [*ADAPTER, *MEMBERS, EVERYTHING, SCORING])
 def test_rows_stay_on_their_chip(program):
     assert touching(compiled(*program), *LENGTHS) == []
 
 
-@pytest.mark.parametrize('program', [*ADAPTER, SCORING])
+@pytest.mark.parametrize('program', [*ADAPTER, *MEMBERS, SCORING])
 def test_of_the_stream_only_embeddings_are_moved(program):
     """The table is split by width: ids go to all chips, each one's part of the vectors comes back.
 
@@ -125,10 +127,24 @@ def test_of_the_stream_only_embeddings_are_moved(program):
     of every pack.
     """
     _, _, fsdp, tensor = program
+    streams = (1 if tensor == 1 else fsdp) * (3 if program in MEMBERS else 1)
     moved = touching(compiled(*program), N)
     ids = [c for c in moved if c['integer']]
     assert all('/embed/' in c['of'] for c in ids)
     rest = [c for c in moved if not c['integer']]
     if tensor > 1:
         rest = [c for c in rest if c['kind'] != 'all-reduce']
-    assert 0 < sum(c['bytes'] for c in rest) <= N * D * 2 * (1 if tensor == 1 else fsdp)
+    assert 0 < sum(c['bytes'] for c in rest) <= N * D * 2 * streams
+
+
+@pytest.mark.parametrize('program', MEMBERS)
+def test_members_share_the_backbone(program):
+    """Each adds its state and its batch. One after the other, they share what is left behind, too.
+
+    All at once they do not fit into the memory near the cores, where a single one's arrays are.
+    """
+    one, three = compiled(*ADAPTER[0]), compiled(*program)
+    more = three['argument_bytes'] - one['argument_bytes']
+    assert 0 <= more - 2 * one['alias_bytes'] < 2**18
+    if program == MEMBERS[1]:
+        assert three['temp_bytes'] <= 1.05 * 3 * one['temp_bytes']

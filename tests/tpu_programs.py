@@ -32,7 +32,7 @@ import plain
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from jaxrm import heads, lora, packing, reward, sharding, train
+from jaxrm import heads, lora, members, packing, reward, sharding, train
 from jaxrm.backbones import splash
 from jaxrm.backbones.layers import Config, Decoder, Kind
 
@@ -55,6 +55,7 @@ GEMMA = dataclasses.replace(
     activation='gelu_tanh',
 )
 RANK = 16
+MEMBERS = 3
 
 COLLECTIVES = {
     'kAllGather': 'all-gather',
@@ -107,6 +108,25 @@ def training(rm, config, mesh, *, everything=False):
     return update.lower(on(state, where), frozen, batch, key), state
 
 
+def together(rm, config, mesh, *, how):
+    """One step of several adapters."""
+    trainable, frozen, batch = arguments(rm, config, mesh)
+
+    def more(axis, x):
+        shape = (*x.shape[:axis], MEMBERS, *x.shape[axis:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+    tx = train.adamw(1e-4)
+    start = lambda t: train.State(jnp.zeros((), jnp.int32), t, jax.vmap(tx.init)(t))  # noqa: E731
+    state = jax.eval_shape(start, jax.tree.map(functools.partial(more, 0), trainable))
+    where = sharding.shardings(state, mesh)
+    options = {'how': how, 'objective': train.preference(rm.score), 'tx': tx}
+    update = train.jitted(state, mesh, step=members.step, **options)
+    keys = jax.eval_shape(lambda: members.keys(range(MEMBERS)))
+    batch = jax.tree.map(functools.partial(more, 1), batch)
+    return update.lower(on(state, where), frozen, batch, keys), state
+
+
 def scoring(rm, config, mesh):
     trainable, frozen, batch = arguments(rm, config, mesh)
     params = {**frozen, **on(trainable, sharding.shardings(trainable, mesh))}
@@ -115,6 +135,8 @@ def scoring(rm, config, mesh):
 
 PROGRAMS = {
     'training': (training, LLAMA),
+    'members': (functools.partial(together, how='vmap'), LLAMA),
+    'members_in_turn': (functools.partial(together, how='scan'), LLAMA),
     'scoring': (scoring, LLAMA),
     'training_windows': (training, GEMMA),
     'training_everything': (functools.partial(training, everything=True), LLAMA),

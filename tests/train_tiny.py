@@ -29,14 +29,14 @@ def arguments():
     return parser.parse_args()
 
 
-def model():
+def model(config=plain.TINY):
     """A reward model, its data, and fixed random parameters: those that stay, those that learn."""
-    rm = reward.RewardModel(Decoder(plain.TINY), heads.Scalar(), lora_scale=2.0)
+    rm = reward.RewardModel(Decoder(config), heads.Scalar(), lora_scale=2.0)
     tokens = plain.random_tokens([2, 3, 2, 2] * 5)
     pack = packing.Batches(tokens, SHAPE, 1, seed=0)(0)
     shapes = jax.eval_shape(rm.backbone.init, jax.random.key(0), pack)['params']
     adapter = jax.eval_shape(lambda key: lora.init(shapes, key, rank=2), jax.random.key(0))
-    head = {'kernel': np.linspace(-0.5, 0.5, plain.TINY.D, dtype=np.float32)[:, None]}
+    head = {'kernel': np.linspace(-0.5, 0.5, config.D, dtype=np.float32)[:, None]}
     trainable = {'lora': plain.random_tree(adapter, 1, 0.5), 'head': head}
     return rm, tokens, {'backbone': plain.random_tree(shapes)}, trainable
 

@@ -1,0 +1,76 @@
+"""What the experiments on wrong labels do to labels, and how they compare: by loops over pairs."""
+
+import numpy as np
+import pairs_toy as toy
+import pytest
+
+from experiments import secrets, secrets_recipes
+
+N = 400
+
+
+@pytest.fixture(scope='module')
+def of():
+    length = np.random.default_rng(0).integers(1, 9, 2 * N).astype(np.int32)
+    return toy.pairs(N)._replace(length=length)
+
+
+def test_wrong_labels_are_as_many_as_asked_and_more_include_fewer(of):
+    for kind in ('random', 'longer'):
+        few, many = (secrets.turned(of, f'{kind}-{share}', 3) for share in (0.1, 0.3))
+        assert abs(few.mean() - 0.1) < 0.05
+        assert abs(many.mean() - 0.3) < 0.07
+        assert many[few].all()
+        assert not secrets.turned(of, f'{kind}-0', 3).any()
+    better, worse = of.length.reshape(-1, 2).T
+    assert (worse > better)[secrets.turned(of, 'longer-0.3', 3)].all()
+    assert (secrets.turned(of, 'random-0.3', 4) != secrets.turned(of, 'random-0.3', 3)).any()
+
+
+def test_kinds_of_labels(of):
+    turned = secrets.turned(of, 'random-0.2', 0)
+    gap = np.random.default_rng(1).normal(size=(2, N))
+    found = secrets.right(gap, turned)
+    for e in range(2):
+        for i in range(0, N, 7):
+            gold = gap[e, i] > 0
+            assert found['gold'][e, i] == gold
+            assert found['noisy'][e, i] == (gold != turned[i])
+            here = found['agreement'][e, i]
+            assert np.isnan(here) if turned[i] else here == gold
+    noisy = secrets.noisy(of, turned)
+    assert (noisy.rank.reshape(-1, 2)[:, 0] == turned).all()
+
+
+@pytest.mark.parametrize('name', [*secrets_recipes.RECIPES, *secrets_recipes.RATES])
+def test_every_recipe_makes_a_lesson(of, name):
+    c = secrets_recipes.Config()
+    turned = secrets.turned(of, 'random-0.2', 0)
+    mean = np.random.default_rng(2).normal(size=N)
+    found = secrets_recipes.lesson(c, name, of, turned, mean, 0.2, 5)
+    rank, margin = found.tokens.rank.reshape(-1, 2), found.tokens.margin.reshape(-1, 2)
+    given, plain = turned.astype(int), name.split(',')[0]
+    low = set(np.argsort(mean, kind='stable')[: N // (10 if 'half as' in name else 5)].tolist())
+    for i in range(N):
+        if plain == 'right labels':
+            want = 0
+        elif plain in ('flip', 'flip + margin', 'flip half as many'):
+            want = given[i] ^ (i in low)
+        elif plain == 'drop':
+            want = 0 if i in low else given[i]
+        else:
+            want = given[i]
+        if plain != 'random flip':
+            assert rank[i, 0] == want
+    assert (rank.sum(1) == 0).sum() == (N // 5 if plain == 'drop' else 0)
+    if plain == 'random flip':
+        assert (rank[:, 0] != given).sum() == N // 5
+    soft = found.tokens.smoothing
+    if plain == 'soft label by strength':
+        np.testing.assert_allclose(soft, 1 / (1 + np.exp(mean)), rtol=1e-5)
+    else:
+        alpha = 0.1 if '0.1' in plain else c.alpha
+        np.testing.assert_allclose(soft, np.where(mean < 0, alpha, 0) * ('soft' in plain))
+    assert margin.any() == ('margin' in plain)
+    if plain == 'margin above 0':
+        assert margin.min() == 0
