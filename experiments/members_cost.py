@@ -168,8 +168,9 @@ def measure(c: Config, kind: str, task: Task, count: int) -> dict[str, Any]:
             jax.block_until_ready(state)
             spent[name].append(np.subtract(clock(), start).tolist())
     out = {name: {**about, 'seconds': spent[name][2:]} for name, (_, about) in made.items()}
-    for name, how in ways.items() if kind == 'heads' else ():
-        out[name]['loop'] = [loop(c, task, mesh, how, count) for _ in range(3)]
+    for _ in range(c.rounds if kind == 'heads' else 0):
+        for name, how in ways.items():
+            out[name].setdefault('loop', []).append(loop(c, task, mesh, how, count))
     return out
 
 
@@ -185,10 +186,10 @@ def row(count: int, found: dict[str, Any]) -> list[str]:
         out += [f'{mid:.2f} ({low:.2f} to {high:.2f})', f'{fastest:.2f}', f'{temp:.2f}']
         assert work == 1
     for way in ('vmap', 'scan') if 'loop' in one else ():
-        wall, cpu = np.min(found[way]['loop'], 0) / np.min(one['loop'], 0)
-        common.console.print(
-            f'{count} {way}: {wall:.2f} of a step of one in the loop, CPU {cpu:.2f}'
-        )
+        wall, single = (np.array(x['loop'])[:, 0] for x in (found[way], one))
+        mid, fastest = np.median(wall / single), wall.min() / single.min()
+        text = f'{mid:.2f} times one step in the loop, fastest {fastest:.2f}'
+        common.console.print(f'{count} {way}: {text}')
     more = found['vmap']['argument_bytes'] - one['argument_bytes']
     mega = lambda n: f'{n / 2**20:.2f}'  # noqa: E731
     return [*out, mega(one['frozen_bytes']), mega(one['state_bytes']), mega(more / (count - 1))]

@@ -111,6 +111,17 @@ def test_ensemble_rules_agree_where_members_do():
 # Trees
 
 
+def test_starts_of_seeds_are_those_made_one_by_one():
+    make = lambda key: {  # noqa: E731
+        'head': RM.init_head(key, 16),
+        'lora': lora.init(FROZEN['backbone'], jax.random.fold_in(key, 1), rank=2),
+    }
+    found = members.init(make, (5, 0))
+    for e, seed in enumerate((5, 0)):
+        close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6)  # noqa: E731
+        jax.tree.map(close, members.select(found, e), make(jax.random.key(seed)))
+
+
 @pytest.mark.parametrize('weight_E', [None, (0.5, 0.2, 0.3)])
 def test_the_average_has_the_mean_of_the_members_weights(weight_E):
     """Of adapters too: folded into the backbone they are the mean of the folded members."""

@@ -112,6 +112,14 @@ LAYOUTS = [
     ('rendered', {'prompt': 'q', 'text_chosen': '<s>[I] q [/I] yes', 'text_rejected':
                   '<s>[I] q [/I] no'},
      Preference('<s>[I] q [/I]', (' yes', ' no'), ranks=(0, 1), rendered=True), 'nothing added'),
+    *(('strength' + how, {
+        'chosen': [USER['content'], REPLY['content']],
+        'rejected': [USER['content'], OTHER['content']],
+        'mean preference difference'.replace(' ', space): 0.5,
+        'chosen score list'.replace(' ', space): [1.0, 2.0],
+        'rejected score list'.replace(' ', space): [0.5, 1.5],
+    }, PAIR._replace(ratings=((1.0, 2.0), (0.5, 1.5))), 'utterances, the last is the answer')
+      for how, space in (('', ' '), (', underscored', '_'))),
 ]  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_how_a_program_ends(program, unsafe, monkeypatch):
 
 
 @apart
-@pytest.mark.parametrize('program', FORBIDDEN)
+@pytest.mark.parametrize('program', FORBIDDEN, ids=range(len(FORBIDDEN)))
 def test_what_a_program_may_not_do(program):
     passed, why = sandbox.run(program, **LIMITS)
     assert not passed
