@@ -97,7 +97,7 @@ def learn(c: Config, head: tree.Tree, pairs: gating.Pairs, mesh: Any) -> tuple[A
 def compare(score_c: dict[str, Any], test: armorm.Set) -> dict[str, Any]:
     """Prints and returns the accuracies, and what the gate adds to each of the others."""
     prompts = evaluate.prompts([test.records[i] for i in test.tokens.record])
-    right = {name: gating.right(x_c, test.tokens) for name, x_c in score_c.items()}
+    right = {name: gating.right(x_c, test.tokens, ties=0.5) for name, x_c in score_c.items()}
     out = {name: [evaluate.interval(x, prompts=prompts)] for name, x in right.items()}
     for name in out.keys() - {'gate'}:
         out[name].append(evaluate.paired(right['gate'], right[name], prompts=prompts))

@@ -45,7 +45,7 @@ def main(c: Config) -> None:
 
 
 def table(o: armorm.Objectives) -> dict[str, Any]:
-    """Prints and returns the penalty, the errors on held-out prompts, and the use of length."""
+    """Prints and returns the penalty, the errors where it was chosen, and the use of length."""
     least_J = o.fitted.mse_JA.min(1)
     columns = {
         'rated': o.count_J,
@@ -62,7 +62,7 @@ def table(o: armorm.Objectives) -> dict[str, Any]:
     }
     shown = ('rated', 'alpha', 'explained', 'penalty', 'with verbosity', 'after')
     cells = {name: [f'{row[k]:.4g}' for k in shown] for name, row in rows.items()}
-    common.table('objectives, on held-out prompts', cells, shown)
+    common.table('objectives, on the prompts that chose the penalties', cells, shown)
     finite = lambda x: x if np.isfinite(x) else None  # noqa: E731
     return {name: {k: finite(x) for k, x in row.items()} for name, row in rows.items()}
 

@@ -10,7 +10,7 @@ Two objectives, truthful and informative, are fitted to one file of answers and 
 with other questions. The gate then learns from the train pairs of each set. The seed draws the
 rated prompts that choose the penalties, the gate's start and its batches; a cell is kept as JSON.
 None of the ratings is a rating of length, so that there is no transform. The best weights can all
-be 0: unlike elsewhere a tie counts as half right here.
+be 0: a tie counts as half right here, as in `armorm_gate`.
 """
 
 import dataclasses

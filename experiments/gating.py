@@ -173,10 +173,15 @@ def scores(
     return features.candidate_scores(_compiled(rm, score), params, *held, mesh=mesh)
 
 
-def right(score_c: Array, some: tokens.Tokens) -> Array:
-    """[n] accuracy of each record; NaN for one without an order."""
+def right(score_c: Array, some: tokens.Tokens, *, ties: float = 0.0) -> Array:
+    """[n] accuracy of each record, a tie so far right; NaN for one without an order.
+
+    Of weights that are all 0 every pair is a tie, and a gate is no better for that: where those
+    may come, half a tie is right.
+    """
     rank, score = (evaluate.by_record(x_c, some) for x_c in (some.rank, score_c))
-    return evaluate.pairs(rank, score).accuracy
+    found = evaluate.pairs(rank, score)
+    return found.accuracy + ties * found.ties
 
 
 # What weighs all prompts alike
