@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, devices, dmoerm, dogerm, secrets
+from experiments import common, devices, dmoerm, dogerm, labelling
 from experiments.dmoerm import Lesson, Pace
 from jaxrm import backbones, checkpoint, data, heads, members, reward, tokens, train
 from jaxrm.backbones import attention
@@ -105,9 +105,9 @@ def cell(c: Config, folder: Path, name: str, model: str, lm: str) -> dict[str, A
     return {
         'shares': at,
         'pick': dogerm.chosen(at, found['validation'].right_Kn, found['domain'].right_Kn),
-        'curves': {k: secrets.rounded(x.right_Kn.mean(1)) for k, x in found.items()},
-        'mean': secrets.rounded(found['domain'].mean_K),
-        'std': secrets.rounded(found['domain'].std_K),
+        'curves': {k: labelling.rounded(x.right_Kn.mean(1)) for k, x in found.items()},
+        'mean': labelling.rounded(found['domain'].mean_K),
+        'std': labelling.rounded(found['domain'].std_K),
     }
 
 

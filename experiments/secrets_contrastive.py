@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import common, devices, secrets, separation
+from experiments import common, devices, labelling, separation
 from jaxrm import (
     contrastive,
     members,
@@ -60,7 +60,7 @@ class Config(devices.Devices):
     epsilon: float = 0.05  # of Sinkhorn-Knopp
     iterations: int = 3
     prototype_rate: float = 1.0  # times the learning rate
-    results: Path = secrets.RESULTS / 'secrets_contrastive'
+    results: Path = labelling.RESULTS / 'secrets_contrastive'
     only_table: bool = False
 
 
@@ -92,15 +92,15 @@ METHODS = {
 class World(NamedTuple):
     """What all cells have in common."""
 
-    base: secrets.Base
+    base: labelling.Base
     learn: list[tokens.Tokens]  # of each seed, the better answer first, prompts repeated
     test: dict[str, tokens.Tokens]
 
 
 def world(c: Config) -> World:
     """The model to start from, and pairs of the world."""
-    b = secrets.base(c)
-    pairs = functools.partial(secrets.pairs, c, b)
+    b = labelling.base(c)
+    pairs = functools.partial(labelling.pairs, c, b)
     of = {'seed': 0, 'split': 'test', 'labels': 'gold', 'categories': c.categories}
     moved = synthetic.preferences(c.test_pairs, policy=1.0, **of)
     moved = [record for record in moved if record.ranks == (0, 1)]
@@ -132,7 +132,7 @@ def batches(c: Config, w: World, name: str) -> list[packing.Batches]:
     size = int(np.diff(w.learn[0].start).mean() * c.train_batch_size / packs)
     shape, out = shapes.fit(w.learn[0], size=size, width=D, multiple=16), []
     for seed, of in zip(c.seeds, w.learn, strict=True):
-        noisy = secrets.noisy(of, secrets.turned(of, name, seed))
+        noisy = labelling.noisy(of, labelling.turned(of, name, seed))
         out.append(packing.Batches(noisy, shape, packs, seed=seed, epochs=c.num_train_epochs))
     return out
 
@@ -162,7 +162,7 @@ def learned(c: Config, w: World, method: str, name: str) -> tuple[tree.Tree, dic
     )  # fmt: skip
     last = seen[-(steps // c.num_train_epochs) :]
     names = [name for name in METRICS if name in last[0]]
-    return state.trainable, {k: secrets.rounded(np.mean([m[k] for m in last], 0)) for k in names}
+    return state.trainable, {k: labelling.rounded(np.mean([m[k] for m in last], 0)) for k in names}
 
 
 def made(c: Config, w: World, method: str, name: str) -> dict[str, Any]:
@@ -174,14 +174,14 @@ def made(c: Config, w: World, method: str, name: str) -> dict[str, Any]:
     learnt_E = {k: params_E[k] for k in ('backbone', 'head')}
     forward = jax.jit(members.scored(lambda p, pack: rm.features(p, pack).answer_BMD))
     for test, of in w.test.items():
-        shape, packs = secrets.fitting(w.base, [of]), sharding.data_parallel(mesh)
+        shape, packs = labelling.fitting(w.base, [of]), sharding.data_parallel(mesh)
         z_EcD = members.scores(forward, {}, learnt_E, of, shape, mesh=mesh, packs=packs)
         score_Ec = np.einsum('ecd,ed->ec', z_EcD, head_ED)
         out[test] = {
             'right': list(map(separation.digits, score_Ec[:, 0::2] > score_Ec[:, 1::2])),
             'probe': [separation.digits(separation.probe(z_cD)) for z_cD in z_EcD],
-            'silhouette': secrets.rounded([separation.silhouette(z_cD) for z_cD in z_EcD]),
-            'plane': secrets.rounded(separation.plane(z_EcD[0])[:600], 2),
+            'silhouette': labelling.rounded([separation.silhouette(z_cD) for z_cD in z_EcD]),
+            'plane': labelling.rounded(separation.plane(z_EcD[0])[:600], 2),
         }
     return out
 
@@ -195,7 +195,7 @@ def path(c: Config, method: str, name: str) -> Path:
 
 def read(c: Config, name: str) -> dict[str, dict[str, Any]]:
     """What there is of a cell, by method."""
-    found = {method: secrets.read(path(c, method, name), c) for method in METHODS}
+    found = {method: labelling.read(path(c, method, name), c) for method in METHODS}
     return {method: x for method, x in found.items() if x}
 
 
@@ -238,7 +238,7 @@ def main(c: Config) -> None:
     todo = [] if c.only_table else [x for x in every if not path(c, *x).exists()]
     w = world(c) if todo else None
     for method, name in todo:
-        found = {'flags': secrets.flags(c), **made(c, w, method, name)}
+        found = {'flags': labelling.flags(c), **made(c, w, method, name)}
         common.write_json(path(c, method, name), found)
         common.console.print(f'{method}, {name}: {found["train"]["seconds"]} s')
     for name in c.cells:

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, secrets
-from experiments.secrets import Base, Lesson
+from experiments import common, labelling
+from experiments.labelling import Base, Lesson
 from experiments.separation import digits, of_digits
 from jaxrm import data, evaluate, strength, strength_report, tokens
 
-RESULTS = secrets.RESULTS / 'secrets_real'
+RESULTS = labelling.RESULTS / 'secrets_real'
 CELLS = ('convarg-0.2', 'convarg-0', 'hh_harmless-0')
 RECIPES = ('flip', 'margin', 'flip + margin', 'soft label + margin', 'drop', 'random flip')
 EDGES = np.linspace(-3, 3, 41)
@@ -32,7 +32,7 @@ Array = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(secrets.Config):
+class Config(labelling.Config):
     model_name_or_path: str = 'runs/real_data/pretrain/model'
     seeds: tuple[int, ...] = (0, 1, 2)
     members: int = 5
@@ -66,26 +66,28 @@ def learn(c: Config, b: Base, cell: str) -> dict[str, Any]:
     at = drawn(test, c.test_pairs, 0)
     test, prompts = tokens.select(test, at), [prompts[i] for i in at]
     own = [tokens.select(whole, drawn(whole, c.pairs, seed)) for seed in c.seeds]
-    turned = [secrets.turned(of, f'random-{share}', s) for of, s in zip(own, c.seeds, strict=True)]
-    given = [secrets.noisy(*x) for x in zip(own, turned, strict=True)]
-    params_E = secrets.learned(c, b, [
+    turned = [
+        labelling.turned(of, f'random-{share}', s) for of, s in zip(own, c.seeds, strict=True)
+    ]
+    given = [labelling.noisy(*x) for x in zip(own, turned, strict=True)]
+    params_E = labelling.learned(c, b, [
         Lesson(of, 1000 * seed + m)
         for of, seed in zip(given, c.seeds, strict=True) for m in range(c.members)
     ], num_train_epochs=c.strength_epochs)  # fmt: skip
-    shape, seeds, means = secrets.fitting(b, [*own, test]), [], []
+    shape, seeds, means = labelling.fitting(b, [*own, test]), [], []
     for i, (of, turned_n) in enumerate(zip(own, turned, strict=True)):
-        mine = secrets.part(params_E, i, c.members)
-        gap_En = secrets.labelled(secrets.gaps(b, mine, of, shape), turned_n)
+        mine = labelling.part(params_E, i, c.members)
+        gap_En = labelling.labelled(labelling.gaps(b, mine, of, shape), turned_n)
         means.append(strength.strength(gap_En).mean_n)
-        seeds.append(said(gap_En, turned_n, secrets.gaps(b, mine, test, shape), float(share)))
+        seeds.append(said(gap_En, turned_n, labelling.gaps(b, mine, test, shape), float(share)))
     lessons = {
         (what, seed): Lesson(lesson(c, what, *each, float(share), seed), seed)
         for what in ('baseline', *RECIPES, *['right labels'] * (float(share) > 0))
         for seed, *each in zip(c.seeds, own, given, means, strict=True)
     }
-    params_E = secrets.learned(c, b, list(lessons.values()))
+    params_E = labelling.learned(c, b, list(lessons.values()))
     right: dict[str, list[str]] = {}
-    for (what, _), gap_n in zip(lessons, secrets.gaps(b, params_E, test, shape), strict=True):
+    for (what, _), gap_n in zip(lessons, labelling.gaps(b, params_E, test, shape), strict=True):
         right.setdefault(what, []).append(digits(gap_n > 0))
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     return {'seeds': seeds, 'right': right, 'prompt': [number[prompt] for prompt in prompts]}
@@ -110,14 +112,16 @@ def said(gap_En: Array, turned_n: Array, test_En: Array, share: float) -> dict[s
         'below 0': float((mean_n < 0).mean()),
         'below 0, held out': float((test_En.mean(0) < 0).mean()),
         'histogram': [np.histogram(within_n[x], EDGES)[0].tolist() for x in (~turned_n, turned_n)],
-        'std by bin': secrets.rounded([gap_En.std(0)[i].mean() for i in strength.bins(mean_n, 10)]),
+        'std by bin': labelling.rounded(
+            [gap_En.std(0)[i].mean() for i in strength.bins(mean_n, 10)]
+        ),
     }
     if share:
         out |= {
             'memorised': float(strength.fit(mean_n, share).memorised),
             'auroc': strength.auroc(-mean_n, turned_n),
             'members': [strength.auroc(-gap_n, turned_n) for gap_n in gap_En],
-            'wrong by decile': secrets.rounded(
+            'wrong by decile': labelling.rounded(
                 [turned_n[i].mean() for i in strength.bins(mean_n, 10)]
             ),
         }
@@ -126,7 +130,7 @@ def said(gap_En: Array, turned_n: Array, test_En: Array, share: float) -> dict[s
 
 def table(c: Config, cell: str) -> None:
     """The ensembles, and the recipes beside the baseline."""
-    if not (found := secrets.read(c.results / f'{cell}.json', c)):
+    if not (found := labelling.read(c.results / f'{cell}.json', c)):
         return
     rows: dict[str, list[Any]] = {}
     for name in found['seeds'][0]:
@@ -156,9 +160,9 @@ def main(c: Config) -> None:
     todo = [] if c.only_table else [x for x in CELLS if not (c.results / f'{x}.json').exists()]
     if todo and 'JAXRM_DATA' not in os.environ:
         sys.exit('JAXRM_DATA is not set: it names the folder with preference/*.jsonl.gz')
-    b = secrets.base(c) if todo else None
+    b = labelling.base(c) if todo else None
     for cell in todo:
-        made = {'flags': secrets.flags(c), **learn(c, b, cell)}
+        made = {'flags': labelling.flags(c), **learn(c, b, cell)}
         common.write_json(c.results / f'{cell}.json', made)
     for cell in CELLS:
         table(c, cell)

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, secrets
-from experiments.secrets import Base, Lesson
+from experiments import common, labelling
+from experiments.labelling import Base, Lesson
 from experiments.separation import crossed, digits, of_digits, points
 from jaxrm import statistics, strength, strength_report, tokens
 
-RESULTS = secrets.RESULTS / 'secrets_recipes'
+RESULTS = labelling.RESULTS / 'secrets_recipes'
 Array = np.ndarray
 
 # The recipe of strength.py and its options, or another name for what `lesson` does.
@@ -60,7 +60,7 @@ DRAWN = ('baseline', 'margin', 'flip', 'flip + margin', 'soft label + margin', '
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(secrets.Config):
+class Config(labelling.Config):
     alpha: float = 0.5  # of soft labels
     temperature: float = 1.0  # of soft labels by strength
     clean_share: float = 0.1  # flipped or dropped where no label is wrong
@@ -72,7 +72,7 @@ def lesson(
     c: Config, name: str, of: tokens.Tokens, turned_n: Array, mean_n: Array, share: float, seed: int
 ) -> Lesson:
     """What a recipe makes of a seed's pairs."""
-    given = secrets.noisy(of, turned_n)
+    given = labelling.noisy(of, turned_n)
     kind, options = RECIPES[name.split(',')[0]]
     share = (share or c.clean_share) / (2 if options.get('half') else 1)
     if kind in ('none', 'right'):
@@ -92,27 +92,27 @@ def lesson(
 def learn(c: Config, b: Base, cell: str, names: Sequence[str], **how: Any) -> dict[str, dict]:
     """Cells of these recipes, which learn in one program."""
     found, share, held = (
-        secrets.scores(c, b, cell),
+        labelling.scores(c, b, cell),
         float(cell.split('-')[1]),
-        secrets.held_out(c, b),
+        labelling.held_out(c, b),
     )
-    own = [secrets.pairs(c, b, c.pairs, seed=seed, split='train') for seed in c.seeds]
-    mean_Sn = [strength.strength(secrets.labelled(*x)).mean_n
+    own = [labelling.pairs(c, b, c.pairs, seed=seed, split='train') for seed in c.seeds]
+    mean_Sn = [strength.strength(labelling.labelled(*x)).mean_n
                for x in zip(found['own'], found['turned'], strict=True)]  # fmt: skip
     rows = [*zip(own, found['turned'], mean_Sn, c.seeds, strict=True)]
     lessons = [lesson(c, n, *row[:3], share, row[3]) for n in names for row in rows]
-    few, shape = tokens.select(held, np.arange(c.curve_pairs)), secrets.fitting(b, [held])
+    few, shape = tokens.select(held, np.arange(c.curve_pairs)), labelling.fitting(b, [held])
     curve: list[tuple[int, dict[str, list[float]]]] = []
 
     def hook(done: int, params_E: Any) -> None:
-        right = secrets.right(
-            secrets.gaps(b, params_E, few, shape), found['test_turned'][: c.curve_pairs]
+        right = labelling.right(
+            labelling.gaps(b, params_E, few, shape), found['test_turned'][: c.curve_pairs]
         )
         curve.append((done, {k: np.nanmean(x, 1) for k, x in right.items()}))
 
-    params_E = secrets.learned(c, b, lessons, hook=hook, hooks=6, **how)
-    gap_En = secrets.gaps(b, params_E, held, shape)
-    told_Sn = secrets.labelled(found['test'], found['test_turned']).mean(1)
+    params_E = labelling.learned(c, b, lessons, hook=hook, hooks=6, **how)
+    gap_En = labelling.gaps(b, params_E, held, shape)
+    told_Sn = labelling.labelled(found['test'], found['test_turned']).mean(1)
     out, S = {}, len(c.seeds)
     for i, name in enumerate(names):
         mine = slice(i * S, (i + 1) * S)
@@ -120,7 +120,7 @@ def learn(c: Config, b: Base, cell: str, names: Sequence[str], **how: Any) -> di
             'right': [digits(x_n > 0) for x_n in gap_En[mine]],
             'turned': digits(found['test_turned']),
             'steps': [done for done, _ in curve],
-            'curve': {k: [secrets.rounded(x[k][mine]) for _, x in curve] for k in curve[0][1]},
+            'curve': {k: [labelling.rounded(x[k][mine]) for _, x in curve] for k in curve[0][1]},
             'calibration': calibrated(told_Sn, gap_En[mine]),
         }
     return out
@@ -132,7 +132,7 @@ def calibrated(mean_Sn: Array, gap_Sn: Array) -> dict[str, Any]:
     named = {'all': statistics.calibration(gap, np.ones(len(gap)))}
     named |= {f'fifth {k}': x for k, x in enumerate(strength.calibration(mean, gap, 5))}
     named['top tenth'] = strength.calibration(mean, gap, 10)[-1]
-    return {k: secrets.rounded([x.ece, x.brier]) for k, x in named.items()}
+    return {k: labelling.rounded([x.ece, x.brier]) for k, x in named.items()}
 
 
 # Tables
@@ -144,14 +144,14 @@ def path(c: Config, cell: str, name: str) -> Path:
 
 def read(c: Config, cell: str) -> dict[str, dict[str, Any]]:
     """The recipes' cells that there are."""
-    found = {name: secrets.read(path(c, cell, name), c) for name in CELLS[cell]}
+    found = {name: labelling.read(path(c, cell, name), c) for name in CELLS[cell]}
     return {name: x for name, x in found.items() if x}
 
 
 def rights(found: dict[str, Any]) -> dict[str, Array]:
     """[S, n] by kind of label, without the pairs that have none."""
     turned_n = of_digits([found['turned']])[0] > 0
-    every = secrets.right(of_digits(found['right']) - 0.5, turned_n)
+    every = labelling.right(of_digits(found['right']) - 0.5, turned_n)
     return {k: x_Sn[:, ~np.isnan(x_Sn).any(0)] for k, x_Sn in every.items()}
 
 
@@ -192,7 +192,7 @@ def picture(c: Config, cell: str, found: dict[str, Any]) -> None:
 
 def main(c: Config) -> None:
     """Learn what is missing, then print and draw."""
-    base = functools.cache(lambda: secrets.base(c))
+    base = functools.cache(lambda: labelling.base(c))
     for cell, names in CELLS.items():
         todo = [] if c.only_table else [n for n in names if not path(c, cell, n).exists()]
         groups = [([n for n in todo if RATES.get(n, 1.0) == x], x) for x in (1.0, 0.5, 2.0)]
@@ -200,7 +200,7 @@ def main(c: Config) -> None:
         for group, times in groups:
             made = learn(c, base(), cell, group, learning_rate=times * c.learning_rate)
             for name, found in made.items():
-                common.write_json(path(c, cell, name), {'flags': secrets.flags(c), **found})
+                common.write_json(path(c, cell, name), {'flags': labelling.flags(c), **found})
             common.console.print(f'{cell}: {", ".join(group)}')
         table(c, cell)
 

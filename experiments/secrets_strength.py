@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, secrets
-from experiments.secrets import Base, Lesson
+from experiments import common, labelling
+from experiments.labelling import Base, Lesson
 from jaxrm import strength, strength_report, tokens
 
-RESULTS = secrets.RESULTS / 'secrets_strength'
+RESULTS = labelling.RESULTS / 'secrets_strength'
 Array = np.ndarray
 BINS = [0, 1, 4, 8, 12, 14, 15]
 EDGES = np.linspace(-3, 3, 41)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(secrets.Config):
+class Config(labelling.Config):
     cells: tuple[str, ...] = (
         'random-0.2', 'random-0', 'random-0.1', 'random-0.3', 'longer-0.2'
     )  # fmt: skip
@@ -43,9 +43,9 @@ class Config(secrets.Config):
 
 def seed_cell(own_En: Array, turned_n: Array, test_En: Array, test_turned_n: Array) -> dict:
     """What one seed's ensemble is worth."""
-    gap_En = secrets.labelled(own_En, turned_n)
+    gap_En = labelling.labelled(own_En, turned_n)
     mean_n, std_n = strength.strength(gap_En)
-    test_n = strength.strength(secrets.labelled(test_En, test_turned_n)).mean_n
+    test_n = strength.strength(labelling.labelled(test_En, test_turned_n)).mean_n
     within_n = np.clip(mean_n, EDGES[0], EDGES[-1])
     counts = [np.histogram(within_n[at], EDGES)[0].tolist() for at in (~turned_n, turned_n)]
     agrees = strength.agreement(test_n, ~test_turned_n, 16)
@@ -54,10 +54,12 @@ def seed_cell(own_En: Array, turned_n: Array, test_En: Array, test_turned_n: Arr
         'auroc': strength.auroc(-mean_n, turned_n),
         'members': [strength.auroc(-gap_n, turned_n) for gap_n in gap_En],
         'scaled': strength.auroc(-strength.strength(gap_En, scaled=True).mean_n, turned_n),
-        'wrong by decile': secrets.rounded([turned_n[i].mean() for i in strength.bins(mean_n, 10)]),
-        'std by bin': secrets.rounded([std_n[i].mean() for i in strength.bins(mean_n, 20)]),
+        'wrong by decile': labelling.rounded(
+            [turned_n[i].mean() for i in strength.bins(mean_n, 10)]
+        ),
+        'std by bin': labelling.rounded([std_n[i].mean() for i in strength.bins(mean_n, 20)]),
         'histogram': counts,
-        'agreement': [secrets.rounded(agrees.mean_b), secrets.rounded(agrees.share_b)],
+        'agreement': [labelling.rounded(agrees.mean_b), labelling.rounded(agrees.share_b)],
         'spearman': agrees.spearman,
         'ensemble accuracy': float((test_En.mean(0) > 0).mean()),
         'member accuracy': float((test_En > 0).mean()),
@@ -66,10 +68,10 @@ def seed_cell(own_En: Array, turned_n: Array, test_En: Array, test_turned_n: Arr
 
 def ensemble(c: Config, b: Base, cell: str) -> dict[str, Any]:
     """A cell."""
-    found, noise = secrets.scores(c, b, cell), float(cell.split('-')[1])
+    found, noise = labelling.scores(c, b, cell), float(cell.split('-')[1])
     rows = zip(found['own'], found['turned'], found['test'], strict=True)
     seeds = [seed_cell(*row, found['test_turned']) for row in rows]
-    fits = [strength.fit(strength.strength(secrets.labelled(*row)).mean_n, noise)
+    fits = [strength.fit(strength.strength(labelling.labelled(*row)).mean_n, noise)
             for row in zip(found['own'], found['turned'], strict=True)]  # fmt: skip
     return {'seeds': seeds, 'fit': [[*x, x.memorised] for x in fits]}
 
@@ -79,50 +81,50 @@ def ensemble(c: Config, b: Base, cell: str) -> dict[str, Any]:
 
 def deciles(c: Config, b: Base, cell: str) -> dict[str, Any]:
     """Accuracy [S] of models that learned from a tenth of the pairs, by strength and by chance."""
-    found, held = secrets.scores(c, b, cell), secrets.held_out(c, b)
+    found, held = labelling.scores(c, b, cell), labelling.held_out(c, b)
     names, lessons = [], []
     for i, seed in enumerate(c.seeds):
-        of = secrets.pairs(c, b, c.pairs, seed=seed, split='train')
+        of = labelling.pairs(c, b, c.pairs, seed=seed, split='train')
         turned_n = found['turned'][i]
-        mean_n = strength.strength(secrets.labelled(found['own'][i], turned_n)).mean_n
+        mean_n = strength.strength(labelling.labelled(found['own'][i], turned_n)).mean_n
         mixed_n = np.random.default_rng(seed).permutation(mean_n)
         for what, by_n in (('strength', mean_n), ('shuffled', mixed_n)):
             for k, at in enumerate(strength.bins(by_n, 10)):
                 names.append((what, k))
-                lessons.append(Lesson(tokens.select(secrets.noisy(of, turned_n), at), seed))
+                lessons.append(Lesson(tokens.select(labelling.noisy(of, turned_n), at), seed))
                 if what == 'strength' and k < 2:
                     names.append(('flipped', k))
-                    lessons.append(Lesson(tokens.select(secrets.noisy(of, ~turned_n), at), seed))
-    params_E = secrets.learned(c, b, lessons, num_train_epochs=c.decile_epochs)
-    gap_En = secrets.gaps(b, params_E, held, secrets.fitting(b, [held]))
+                    lessons.append(Lesson(tokens.select(labelling.noisy(of, ~turned_n), at), seed))
+    params_E = labelling.learned(c, b, lessons, num_train_epochs=c.decile_epochs)
+    gap_En = labelling.gaps(b, params_E, held, labelling.fitting(b, [held]))
     out: dict[str, list[list[float]]] = {'strength': [], 'shuffled': [], 'flipped': []}
     for what, rows in out.items():
         for k in sorted({k for name, k in names if name == what}):
             at = [e for e, name in enumerate(names) if name == (what, k)]
-            rows.append(secrets.rounded((gap_En[at] > 0).mean(1)))
+            rows.append(labelling.rounded((gap_En[at] > 0).mean(1)))
     return out
 
 
 def folds(c: Config, b: Base, cell: str) -> dict[str, Any]:
     """Detection by members that did not learn a pair's label, beside as many that did."""
-    found = secrets.scores(c, b, cell)
-    pairs = [secrets.pairs(c, b, c.pairs, seed=s, split='train') for s in c.seeds]
+    found = labelling.scores(c, b, cell)
+    pairs = [labelling.pairs(c, b, c.pairs, seed=s, split='train') for s in c.seeds]
     of_fold = [strength.folds([r.tolist() for r in prompts(of)], c.folds) for of in pairs]
     lessons = [
-        Lesson(strength.without(secrets.noisy(of, found['turned'][i]), fold_n == k), 1000 * s + m)
+        Lesson(strength.without(labelling.noisy(of, found['turned'][i]), fold_n == k), 1000 * s + m)
         for i, (s, of, fold_n) in enumerate(zip(c.seeds, pairs, of_fold, strict=True))
         for k in range(c.folds)
         for m in (0, 1)
     ]
-    params_E = secrets.learned(c, b, lessons)
-    shape, out = secrets.fitting(b, pairs), {'out of fold': [], 'own': [], 'below 0': []}
+    params_E = labelling.learned(c, b, lessons)
+    shape, out = labelling.fitting(b, pairs), {'out of fold': [], 'own': [], 'below 0': []}
     for i, (of, fold_n) in enumerate(zip(pairs, of_fold, strict=True)):
-        mine = secrets.part(params_E, i, 2 * c.folds)
-        gap_En = secrets.gaps(b, mine, of, shape)
+        mine = labelling.part(params_E, i, 2 * c.folds)
+        gap_En = labelling.gaps(b, mine, of, shape)
         gap_En = strength.out_of_fold(gap_En.reshape(c.folds, 2, -1), fold_n)
         turned_n = found['turned'][i]
         mean_n, own_n = (
-            secrets.labelled(x_En, turned_n).mean(0) for x_En in (gap_En, found['own'][i][:2])
+            labelling.labelled(x_En, turned_n).mean(0) for x_En in (gap_En, found['own'][i][:2])
         )
         out['out of fold'].append(strength.auroc(-mean_n, turned_n))
         out['own'].append(strength.auroc(-own_n, turned_n))
@@ -146,7 +148,7 @@ def table(c: Config) -> None:
     """Everything that there is."""
     rows, by_decile, agrees = {}, {}, {}
     for cell in c.cells:
-        if not (found := secrets.read(c.results / f'{cell}.json', c)):
+        if not (found := labelling.read(c.results / f'{cell}.json', c)):
             continue
         each = {k: [x[k] for x in found['seeds']] for k in found['seeds'][0]}
         rows[cell] = [
@@ -164,13 +166,13 @@ def table(c: Config) -> None:
     common.table('wrong labels found', rows, columns, paste=True)
     common.table('wrong by decile', by_decile, list(map(str, range(10))), paste=True)
     common.table('held-out labels right, of 16 bins', agrees, list(map(str, BINS)), paste=True)
-    if found := secrets.read(c.results / 'deciles.json', c):
+    if found := labelling.read(c.results / 'deciles.json', c):
         rows = {
             k: [f'{np.mean(x):.3f}' for x in found[k]] for k in ('strength', 'flipped', 'shuffled')
         }
         common.table('gold accuracy of a decile alone', rows, list(map(str, range(10))), paste=True)
         strength_report.deciles({k: np.array(found[k]) for k in rows}, c.results / 'deciles.png')
-    if found := secrets.read(c.results / 'folds.json', c):
+    if found := labelling.read(c.results / 'folds.json', c):
         rows = {k: [spread(found[k])] for k in ('out of fold', 'own')}
         common.table('two members, AUROC', rows, ['over seeds'], paste=True)
 
@@ -188,10 +190,10 @@ def main(c: Config) -> None:
     """Learn what is missing, then print and draw."""
     parts = dict.fromkeys(c.cells, ensemble) | {'deciles': deciles, 'folds': folds}
     todo = [] if c.only_table else [n for n in parts if not (c.results / f'{n}.json').exists()]
-    b = secrets.base(c) if todo else None
+    b = labelling.base(c) if todo else None
     for name in todo:
         made = parts[name](c, b, name if parts[name] is ensemble else c.cells[0])
-        common.write_json(c.results / f'{name}.json', {'flags': secrets.flags(c), **made})
+        common.write_json(c.results / f'{name}.json', {'flags': labelling.flags(c), **made})
         common.console.print(f'{name}: done')
     table(c)
 

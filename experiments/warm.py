@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, dmoerm, dogerm, secrets
+from experiments import common, dmoerm, dogerm, labelling
 from experiments.dmoerm import Lesson, Pace
-from experiments.secrets import Base
+from experiments.labelling import Base
 from experiments.separation import crossed, digits, of_digits, points
 from jaxrm import members, report, strength_report, tokens, train, tree
 
@@ -36,7 +36,7 @@ Array = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(secrets.Config):
+class Config(labelling.Config):
     output_dir: Path = Path('runs/warm')
     results: Path = dogerm.RESULTS / 'warm'
     members: int = 4
@@ -93,7 +93,7 @@ def learned(
     made = jax.device_get(dmoerm.learned(
         pace, members.stack(starts), lessons, shape, train.preference(b.rm.score), mesh=b.mesh
     ))  # fmt: skip
-    return [secrets.part(made, s, c.members) for s in range(len(c.seeds))]
+    return [labelling.part(made, s, c.members) for s in range(len(c.seeds))]
 
 
 # What became of them
@@ -101,11 +101,11 @@ def learned(
 
 def gaps(b: Base, params_E: tree.Tree, of: tokens.Tokens, shape: Any) -> dict[str, Array]:
     """[1 or E, n] differences, the truly better answer first: members, average, ensemble."""
-    each_En = secrets.gaps(b, params_E, of, shape)
+    each_En = labelling.gaps(b, params_E, of, shape)
     one = jax.tree.map(lambda x: x[None], members.average(params_E))
     return {
         'members': each_En,
-        'average': secrets.gaps(b, one, of, shape),
+        'average': labelling.gaps(b, one, of, shape),
         'ensemble': each_En.mean(0, keepdims=True),
     }
 
@@ -114,24 +114,27 @@ def line(b: Base, params_E: tree.Tree, of: tokens.Tokens, shape: Any) -> Array:
     """Accuracy of the first two members mixed at every share of the second."""
     ends = jax.tree.map(lambda x: x[:2], params_E)
     mixed = members.stack([members.average(ends, (1 - t, t)) for t in LINE])
-    return (secrets.gaps(b, mixed, of, shape) > 0).mean(1)
+    return (labelling.gaps(b, mixed, of, shape) > 0).mean(1)
 
 
 def measured(c: Config, b: Base, cell: str, own: list[tokens.Tokens], wrong: list[Array],
              probes: list[tree.Tree]) -> dict[str, Any]:  # fmt: skip
     """A cell: means over members of what is right, digits where there is one model a seed."""
-    held, given = secrets.held_out(c, b), [secrets.noisy(*x) for x in zip(own, wrong, strict=True)]
-    shape = secrets.fitting(b, [*own, held])
+    held, given = (
+        labelling.held_out(c, b),
+        [labelling.noisy(*x) for x in zip(own, wrong, strict=True)],
+    )
+    shape = labelling.fitting(b, [*own, held])
     out: dict[str, Any] = {'line': [], 'held out': {}, 'memorised': {}, 'clean': {}}
     for params_E, of, turned_n in zip(learned(c, b, cell, given, probes), own, wrong, strict=True):
         trained, tested = gaps(b, params_E, of, shape), gaps(b, params_E, held, shape)
-        out['line'].append(secrets.rounded(line(b, params_E, held, shape)))
+        out['line'].append(labelling.rounded(line(b, params_E, held, shape)))
         for way in WAYS:
-            right_En, told_En = tested[way] > 0, secrets.labelled(trained[way], turned_n) > 0
+            right_En, told_En = tested[way] > 0, labelling.labelled(trained[way], turned_n) > 0
             said = digits(right_En[0]) if way != 'members' else None
-            out['held out'].setdefault(way, []).append(said or secrets.rounded(right_En.mean(1)))
+            out['held out'].setdefault(way, []).append(said or labelling.rounded(right_En.mean(1)))
             for name, at in (('memorised', turned_n), ('clean', ~turned_n)):
-                found = secrets.rounded(told_En[:, at].mean())
+                found = labelling.rounded(told_En[:, at].mean())
                 out[name].setdefault(way, []).append(found)
     return out
 
@@ -159,7 +162,7 @@ def row(x: dict[str, Any]) -> list[str]:
 
 def table(c: Config) -> None:
     """A row for each beginning; the lines of weights as a picture."""
-    found = {cell: x for cell in CELLS if (x := secrets.read(path(c, cell), c))}
+    found = {cell: x for cell in CELLS if (x := labelling.read(path(c, cell), c))}
     if not found:
         return
     columns = [
@@ -181,14 +184,14 @@ def main(c: Config) -> None:
     """Learn what is missing, then print and draw."""
     missing = [cell for cell in CELLS if not path(c, cell).exists()]
     if missing and not c.only_table:
-        b = secrets.base(c)
-        own = [secrets.pairs(c, b, c.pairs, seed=seed, split='train') for seed in c.seeds]
+        b = labelling.base(c)
+        own = [labelling.pairs(c, b, c.pairs, seed=seed, split='train') for seed in c.seeds]
         kind = f'random-{c.turned}'
-        wrong = [secrets.turned(of, kind, seed) for of, seed in zip(own, c.seeds, strict=True)]
-        probes = probed(c, b, [secrets.noisy(*x) for x in zip(own, wrong, strict=True)])
+        wrong = [labelling.turned(of, kind, seed) for of, seed in zip(own, c.seeds, strict=True)]
+        probes = probed(c, b, [labelling.noisy(*x) for x in zip(own, wrong, strict=True)])
         for cell in missing:
             made = measured(c, b, cell, own, wrong, probes)
-            common.write_json(path(c, cell), {'flags': secrets.flags(c), **made})
+            common.write_json(path(c, cell), {'flags': labelling.flags(c), **made})
             common.console.print(f'{cell}: done')
     table(c)
 

@@ -12,7 +12,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # What experiments share.
 SHARED = {
     'common', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales',
-    'variants', 'separation', 'shifted', 'secrets', 'dogerm', 'generations',
+    'variants', 'separation', 'shifted', 'labelling', 'dogerm', 'generations',
     'dmoerm', 'dmoerm_phases', 'dmoerm_arms', 'dmoerm_samples', 'dmoerm_tables',
 }  # fmt: skip
 BAD_NAMES = {'utils', 'util', 'common', 'base', 'helpers', 'misc'}

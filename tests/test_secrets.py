@@ -4,7 +4,7 @@ import numpy as np
 import pairs_toy as toy
 import pytest
 
-from experiments import secrets, secrets_recipes
+from experiments import labelling, secrets_recipes
 
 N = 400
 
@@ -17,20 +17,20 @@ def of():
 
 def test_wrong_labels_are_as_many_as_asked_and_more_include_fewer(of):
     for kind in ('random', 'longer'):
-        few, many = (secrets.turned(of, f'{kind}-{share}', 3) for share in (0.1, 0.3))
+        few, many = (labelling.turned(of, f'{kind}-{share}', 3) for share in (0.1, 0.3))
         assert abs(few.mean() - 0.1) < 0.05
         assert abs(many.mean() - 0.3) < 0.07
         assert many[few].all()
-        assert not secrets.turned(of, f'{kind}-0', 3).any()
+        assert not labelling.turned(of, f'{kind}-0', 3).any()
     better, worse = of.length.reshape(-1, 2).T
-    assert (worse > better)[secrets.turned(of, 'longer-0.3', 3)].all()
-    assert (secrets.turned(of, 'random-0.3', 4) != secrets.turned(of, 'random-0.3', 3)).any()
+    assert (worse > better)[labelling.turned(of, 'longer-0.3', 3)].all()
+    assert (labelling.turned(of, 'random-0.3', 4) != labelling.turned(of, 'random-0.3', 3)).any()
 
 
 def test_kinds_of_labels(of):
-    turned = secrets.turned(of, 'random-0.2', 0)
+    turned = labelling.turned(of, 'random-0.2', 0)
     gap = np.random.default_rng(1).normal(size=(2, N))
-    found = secrets.right(gap, turned)
+    found = labelling.right(gap, turned)
     for e in range(2):
         for i in range(0, N, 7):
             gold = gap[e, i] > 0
@@ -38,14 +38,14 @@ def test_kinds_of_labels(of):
             assert found['noisy'][e, i] == (gold != turned[i])
             here = found['agreement'][e, i]
             assert np.isnan(here) if turned[i] else here == gold
-    noisy = secrets.noisy(of, turned)
+    noisy = labelling.noisy(of, turned)
     assert (noisy.rank.reshape(-1, 2)[:, 0] == turned).all()
 
 
 @pytest.mark.parametrize('name', [*secrets_recipes.RECIPES, *secrets_recipes.RATES])
 def test_every_recipe_makes_a_lesson(of, name):
     c = secrets_recipes.Config()
-    turned = secrets.turned(of, 'random-0.2', 0)
+    turned = labelling.turned(of, 'random-0.2', 0)
     mean = np.random.default_rng(2).normal(size=N)
     found = secrets_recipes.lesson(c, name, of, turned, mean, 0.2, 5)
     rank, margin = found.tokens.rank.reshape(-1, 2), found.tokens.margin.reshape(-1, 2)
