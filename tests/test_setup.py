@@ -114,7 +114,7 @@ def checkout(tmp_path):
 
 def test_installs_once(checkout):
     result, log = checkout('test', '-x')
-    assert (result.returncode, log) == (0, ['pip', '-m pytest -x'])
+    assert (result.returncode, log) == (0, ['pip', '-m pytest -n 2 --dist loadfile -x'])
     assert 'installing into .venv' in result.stderr
     result, log = checkout('quickstart', '--steps', '2')
     assert (result.stderr, log) == ('', ['-m experiments.quickstart --steps 2'])
@@ -127,14 +127,14 @@ def test_installs_again_when_requirements_change(checkout, name):
     checkout('test')
     with (checkout.root / name).open('a') as file:
         file.write('# changed\n')
-    assert checkout('test')[1] == ['pip', '-m pytest']
+    assert checkout('test')[1] == ['pip', '-m pytest -n 2 --dist loadfile']
 
 
 def test_installs_again_after_an_interruption(checkout):
     result, log = checkout('test', FAKE_PIP='1')
     assert (result.returncode, log) == (1, ['pip'])
     assert 'no such package' in result.stderr
-    assert checkout('test')[1] == ['pip', '-m pytest']
+    assert checkout('test')[1] == ['pip', '-m pytest -n 2 --dist loadfile']
 
 
 def test_installs_again_when_moved(checkout, tmp_path):
@@ -144,7 +144,7 @@ def test_installs_again_when_moved(checkout, tmp_path):
     log = tmp_path / 'log'
     known = {'JAXRM_PYTHON': str(tmp_path / 'fake'), 'FAKE_LOG': str(log)}
     run(moved, 'test', path=os.defpath, **known)
-    assert log.read_text().splitlines()[-2:] == ['pip', '-m pytest']
+    assert log.read_text().splitlines()[-2:] == ['pip', '-m pytest -n 2 --dist loadfile']
 
 
 def test_status_of_the_command_is_kept(checkout):
