@@ -210,12 +210,23 @@ def _by_tensors(where: Path, names: Collection[str], wanted: str, plain: bool) -
 
 
 def _check_labels(where: Path, found: Mapping[str, Any], wanted: str) -> None:
-    labels = found.get('num_labels', len(found.get('id2label') or [0]))
+    labels = count_labels(where, found)
     if wanted == 'reward' and labels != 1:
         raise ValueError(f'{where}: found {labels} labels, expected 1 (several are ratings)')
     problem = found.get('problem_type')
     if wanted in PROBLEMS and problem not in (None, PROBLEMS[wanted]):
         raise ValueError(f'{where}: problem_type is {problem!r}, expected {PROBLEMS[wanted]!r}')
+
+
+def count_labels(where: Path, found: Mapping[str, Any]) -> int:
+    """How many numbers the head gives, by config.json: transformers' num_labels, 1 by default."""
+    named = found.get('id2label') or {}
+    if not isinstance(named, dict):
+        raise ValueError(f'{where}: id2label is {named!r}, expected a map from 0, 1, ... to names')
+    labels = found.get('num_labels', len(named) or 1)
+    if not isinstance(labels, int):
+        raise ValueError(f'{where}: num_labels is {labels!r}, expected a whole number')
+    return labels
 
 
 def objectives(where: Path, found: Mapping[str, Any]) -> tuple[str, ...]:

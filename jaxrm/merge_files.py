@@ -100,6 +100,7 @@ def tensor(plan: Merge, step: Step, seed: int = 0) -> np.ndarray:
         base=found(step.base) if step.base else None,
         name=merge.layer_name(slot.leaf, slot.layer, plan.like.config.L),
         seed=seed,
+        dtype=plan.recipe.dtype or plan.dtypes[step.name],
         **step.parameters,
     )
     return hf.cast(step.name, np.asarray(x), plan.dtypes[step.name])

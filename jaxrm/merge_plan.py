@@ -104,7 +104,7 @@ def _model(recipe: Recipe, name: str) -> Model:
     where = folder / hf.CONFIG
     if (folder / hf.ADAPTER).exists() and not where.exists():
         raise ValueError(f'{folder}: holds an adapter, expected a model: fold it into its base')
-    found = checkpoint.look(folder, _kind(hf.read_json(where)))
+    found = checkpoint.look(folder, _kind(where, hf.read_json(where)))
     entries = hf.entries(found.files, found.slots)
     return Model(name, folder, found.like, found.sizes, entries)
 
@@ -125,12 +125,12 @@ def _folder(recipe: Recipe, name: str) -> Path:
         raise ValueError(f'{recipe.path}: {error}') from error
 
 
-def _kind(found: Mapping[str, Any]) -> str:
+def _kind(where: Path, found: Mapping[str, Any]) -> str:
     """A key of hf_heads.WANTED, by config.json."""
     given = found.get('architectures') or []
     if isinstance(given, list) and any(str(c).endswith(hf_heads.CAUSAL) for c in given):
         return 'causal_lm'
-    several = found.get('num_labels', len(found.get('id2label') or [0])) != 1
+    several = hf_heads.count_labels(where, found) != 1
     problems = {problem: kind for kind, problem in hf_heads.PROBLEMS.items()}
     return problems.get(str(found.get('problem_type')), 'reward') if several else 'reward'
 

@@ -61,6 +61,8 @@ FAULTS = [
     # The head
     Fault('no head', spoiled(tensors(score__weight=None)), (HEAD + ' nothing',)),
     Fault('two labels', spoiled(config(id2label=TWO)), ('found 2 labels, expected 1',)),
+    Fault('labels as a number', spoiled(config(id2label=2)), ('id2label is 2, expected a map',)),
+    Fault('half a label', spoiled(config(num_labels=0.5)), ('num_labels is 0.5', 'whole number')),
     Fault('two rows', spoiled(tensors(score__weight=full(2, 32))), ('score.weight', WRONG)),
     Fault('narrow head', spoiled(tensors(score__weight=full(1, 16))), (HEAD, '[1, 16]', '[1, 32]')),
     Fault(

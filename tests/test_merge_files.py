@@ -6,6 +6,7 @@ Goldens are of tests/reference/make_recipe_goldens.py.
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from merge_tiny import DOGERM, LINEAR, TABLES, pair, read, recipe, save, variant
@@ -175,6 +176,19 @@ def test_a_tied_language_model_and_narrow_files(tmp_path):
         want = 0.7 * rm[name].astype(np.float64) + 0.3 * lm[name].astype(np.float64)
         assert found[name].dtype == np.float32
         np.testing.assert_allclose(found[name], want, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_narrow_inputs_are_rounded_once(tmp_path):
+    """A sum of bfloat16 tensors is written as float32 without a stop at bfloat16."""
+    for seed, name in enumerate(('rm', 'domain_lm')):
+        source = 'seqcls_sharded' if name == 'rm' else 'causal'
+        variant(source, tmp_path / name, noise=0.1, seed=seed, dtype=ml_dtypes.bfloat16)
+    text = LINEAR.replace('dtype: float32', 'out_dtype: float32')
+    name = 'model.layers.0.mlp.up_proj.weight'
+    x, y = (read(tmp_path / model)[name].astype(np.float64) for model in ('rm', 'domain_lm'))
+    found = merged(tmp_path, text)[1][name]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, 0.7 * x + 0.3 * y, rtol=0, atol=1e-6)
 
 
 def test_averaged_heads(tmp_path):
