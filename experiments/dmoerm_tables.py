@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments import common, gating
+from experiments.separation import crossed, of_digits, points
 from jaxrm import report
 
 Array = np.ndarray
@@ -41,16 +42,11 @@ def read(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def digits(texts: Sequence[str]) -> Array:
-    """[S, n] of a text for each seed."""
-    return np.array([list(map(int, text)) for text in texts], float)
-
-
 def accuracies(found: Mapping[str, Any], categories: Sequence[str], flips: str) -> None:
     """Each arm with what DMoERM is above it, and by category."""
-    right = {k: digits(x) for cell in found.values() for k, x in cell.get('rows', {}).items()}
+    right = {k: of_digits(x) for cell in found.values() for k, x in cell.get('rows', {}).items()}
     if 'judge' in found:
-        right['the judge as a whole'] = digits([found['judge']['halves']]) / 2
+        right['the judge as a whole'] = of_digits([found['judge']['halves']]) / 2
     rows = {}
     for name, x_Sn in right.items():
         n = x_Sn.shape[1] // len(categories)
@@ -65,26 +61,12 @@ def accuracies(found: Mapping[str, Any], categories: Sequence[str], flips: str) 
         common.table(f'gold accuracy, flips {flips}', rows, columns, paste=True)
 
 
-def crossed(x_Sn: Array, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval, seeds and pairs both drawn anew."""
-    rng = np.random.default_rng(0)
-    of_S, of_n = (rng.multinomial(k, np.full(k, 1 / k), size=draws) / k for k in x_Sn.shape)
-    low, high = np.quantile(((of_S @ x_Sn) * of_n).sum(1), [0.025, 0.975])
-    return float(x_Sn.mean()), float(low), float(high)
-
-
-def points(gap_Sn: Array) -> str:
-    """A difference in hundredths, with its interval."""
-    mean, low, high = (100 * x for x in crossed(gap_Sn))
-    return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]'
-
-
 def matrices(found: Mapping[str, Any], capabilities: Capabilities, flips: str) -> None:
     """Models of one category on all of them, and experts on all capabilities of their category."""
     if 'routed' in found:
         rows = {}
         for name, texts in found['routed']['matrix'].items():
-            parts = np.split(digits(texts), len(found['routed']['matrix']), axis=1)
+            parts = np.split(of_digits(texts), len(found['routed']['matrix']), axis=1)
             rows[name] = [str(gating.over_seeds(x.mean(1))) for x in parts]
         columns = [name.removeprefix('of ') for name in rows]
         common.table(f'models (rows) on categories, flips {flips}', rows, columns, paste=True)
@@ -105,7 +87,7 @@ def conflict(found: Mapping[str, Any], n: int, flips: str) -> None:
     for both in (x for x in found['matrix'] if ' and ' in x):
         for name in both.split(' and '):
             at = slice(names.index(name) * n, (names.index(name) + 1) * n)
-            alone, joint = (digits(found['matrix'][k])[:, at] for k in (name, both))
+            alone, joint = (of_digits(found['matrix'][k])[:, at] for k in (name, both))
             rows[f'{name} in {both}'] = [f'{alone.mean():.3f}', f'{joint.mean():.3f}',
                                          points(joint - alone)]  # fmt: skip
     common.table(f'learned alone, and with another, flips {flips}', rows,

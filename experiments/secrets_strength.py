@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments import common, labelling
+from experiments.gating import over_seeds
 from experiments.labelling import Base, Lesson
 from jaxrm import strength, strength_report, tokens
 
@@ -141,7 +142,8 @@ def prompts(of: tokens.Tokens) -> Sequence[Array]:
 
 
 def spread(values: Sequence[float]) -> str:
-    return f'{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})'
+    """Mean and interval over seeds; nothing where no label is wrong, so that none can be found."""
+    return '' if np.isnan(values).any() else str(over_seeds(np.array(values)))
 
 
 def table(c: Config) -> None:

@@ -1,10 +1,12 @@
-"""Two answers to one question by a gated model on one page, as a PNG file.
+"""Two answers to one question by a gated model on one page, as a picture.
 
 From the top: the question, the answers with their scores, and for every objective what it gives to
 the difference of the scores, how both answers are rated, and what it counts for this question.
 """
 
-import textwrap
+import bisect
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from jaxrm.explain import Explanation
 FIRST, SECOND, GREY, INK = '#2f6db5', '#dd7a1f', '#7d828c', '#23262b'
 PALE, LINES, BETWEEN = '#f3f4f6', '#d4d8de', '#b4bac4'
 WIDTH, EDGE, ROW, LINE = 13.0, 0.35, 0.28, 0.205  # inches; a line is one of text
-LETTERS = 14  # an inch
+DPI = 130
+KINDS = ('.png', '.pdf', '.svg')
 Box = tuple[float, float, float, float]
 NAMES = 3.15  # where the names end; below where a panel begins, and its width
 GAINS, RATINGS, SCALES, WEIGHTS = (3.3, 3.6), (7.15, 2.1), (9.35, 1.1), (10.5, 2.1)
@@ -35,15 +38,17 @@ def page(
     """Draws two explanations, as `Scorer.explain` gives them of two answers to one question.
 
     Of each text at most so many lines are shown. Raises ValueError for answers to two questions,
-    whose weights differ.
+    whose weights differ, and for a path that does not end as one of KINDS.
     """
     first, second = explained
+    if Path(path).suffix not in KINDS:
+        raise ValueError(f'{path}: found {Path(path).suffix!r}, expected one of {KINDS}')
     if not np.allclose(first.weight_J, second.weight_J, rtol=0, atol=1e-3):
         raise ValueError('explained: found weights that differ, expected answers to one question')
     canvas, half = _Canvas(), (WIDTH - 3 * EDGE) / 2
     names = [canvas.legible(name) for name in names]
-    asked = canvas.wrapped(question, WIDTH - 2 * EDGE, lines)
-    said = [canvas.wrapped(answer, half - 0.5, lines) for answer in answers]
+    asked = canvas.wrapped(question, WIDTH - 2 * EDGE, lines, size=11)
+    said = [canvas.wrapped(answer, half - 0.5, lines, size=10) for answer in answers]
     top = EDGE + LINE * (len(asked) + 2.2)
     card = LINE * max(map(len, said)) + 0.95
     rows = ROW * (len(first.objectives) + 1)
@@ -58,7 +63,7 @@ def page(
             style = {'size': 11, 'weight': 'bold', 'color': colour, 'ha': 'right'}
             canvas.text(x + half - 0.25, top + 0.23, f'preferred by {lead:.4f}', **style)
     _table(canvas, begin, first, second, names)
-    canvas.figure.savefig(path, dpi=130, facecolor='white')
+    canvas.figure.savefig(path, dpi=DPI, facecolor='white')
 
 
 def _card(canvas: '_Canvas', at: Box, colour: str, title: str, said: Sequence[str]) -> None:
@@ -89,7 +94,8 @@ def _table(
     a, b = names
     sides = f'\u25c2 for {b}     for {a} \u25b8'
     _gains(panel(GAINS, f'contribution, {a} \u2212 {b}', sides, True), gain_J[order])
-    axis = panel(RATINGS, 'rating', "from 0 to 1, and on the raters' scale")
+    on_scales = ", and on the raters' scale" if any(first.scales) else ''
+    axis = panel(RATINGS, 'rating', f'from 0 to 1{on_scales}')
     _ratings(axis, first.rate_J[order], second.rate_J[order])
     axis = panel(WEIGHTS, 'weight for this question', 'dotted: as the gate gives it')
     _weights(axis, first.weight_J[order], first.coefficient_J[order])
@@ -115,18 +121,26 @@ def _scales(first: Explanation, second: Explanation, j: int) -> str:
     return f'{ratings[0]:.1f} | {ratings[1]:.1f} of {scale.low:g}-{scale.high:g}'
 
 
-def _bars(axis: Any, value_K: np.ndarray, first: int, colours: Any, digits: int) -> None:
-    """Bars from a line at 0, the first in this row, each with its value at its end."""
-    at_K, most = first + np.arange(len(value_K)), abs(value_K).max() or 1.0
+def _bars(
+    axis: Any, value_K: np.ndarray, first: int, colours: Any, digits: int, also: Any = ()
+) -> None:
+    """Bars from a line at 0, the first in this row, each with its value at its end.
+
+    There is room for the bars, their values, and bars of the values `also`.
+    """
+    at_K, all_k = first + np.arange(len(value_K)), np.append(value_K, also)
     axis.barh(at_K, value_K, 0.62, color=colours)
     axis.axvline(0, color=INK, linewidth=0.8)
-    left, right = (1.5 * most if (side * value_K > 0).any() else 0.05 * most for side in (-1, 1))
+    most, signs = abs(all_k).max() or 1.0, [(side * all_k > 0).any() for side in (-1, 1)]
+    room = 2.2 if all(signs) else 1.5
+    left, right = ((room if there else 0.05) * most for there in signs)
     axis.set_xlim(-left, right)
     for value, at in zip(value_K, at_K, strict=True):
         side, ha = (1, 'left') if value >= 0 else (-1, 'right')
         style = {'fontsize': 8, 'color': INK, 'va': 'center', 'ha': ha}
         style |= {'textcoords': 'offset points', 'weight': 'normal' if at else 'bold'}
-        axis.annotate(f'{value:+.{digits}f}', (value, at), (4 * side, 0), **style)
+        shown = round(float(value), digits) + 0.0  # no -0
+        axis.annotate(f'{shown:+.{digits}f}', (value, at), (4 * side, 0), **style)
 
 
 def _gains(axis: Any, gain_J: np.ndarray) -> None:
@@ -152,7 +166,7 @@ def _ratings(axis: Any, a_J: np.ndarray, b_J: np.ndarray) -> None:
 
 def _weights(axis: Any, weight_J: np.ndarray, counts_J: np.ndarray) -> None:
     """What a rating counts, and where the transform has changed it, the weight itself."""
-    _bars(axis, counts_J, 1, GREY, 3)
+    _bars(axis, counts_J, 1, GREY, 3, also=weight_J)
     moved_k = 1 + np.flatnonzero(abs(weight_J - counts_J) > 1e-6)
     box = {'fill': False, 'edgecolor': INK, 'linewidth': 1, 'linestyle': ':'}
     axis.barh(moved_k, weight_J[moved_k - 1], 0.62, **box)
@@ -180,13 +194,34 @@ class _Canvas:
         known = self.font.get_char_index
         return ''.join(c if c.isspace() or known(ord(c)) else '\u25a1' for c in text)
 
-    def wrapped(self, text: str, width: float, lines: int) -> list[str]:
-        letters = int(width * LETTERS)
-        parts = [textwrap.wrap(part, letters) for part in self.legible(text).strip().splitlines()]
-        rows = [row for part in parts for row in part or ['']]
+    def wrapped(self, text: str, width: float, lines: int, *, size: float) -> list[str]:
+        """Lines of at most so many inches; what is left out is an ellipsis."""
+        parts = [self._lines(part, width, size) for part in self.legible(text).strip().splitlines()]
+        rows = [row for part in parts for row in part]
         if len(rows) > lines:
-            rows = [*rows[: lines - 1], rows[lines - 1][: letters - 2].rstrip() + ' \u2026']
+            end = self._fitting(rows[lines - 1], width - 0.3, size)
+            rows = [*rows[: lines - 1], rows[lines - 1][:end].rstrip() + ' \u2026']
         return rows
+
+    def _lines(self, text: str, width: float, size: float) -> list[str]:
+        """Broken between words, and inside those that are longer than a line."""
+        rows = ['']
+        for word in re.findall(r'\s*\S+', text):
+            fits = self._fitting(rows[-1] + word, width, size) >= len(rows[-1] + word)
+            if not fits and rows[-1]:
+                rows.append('')
+            rest = word if fits else word.lstrip()
+            while (end := self._fitting(rest, width, size)) < len(rest):
+                rows[-1], rest = rest[:end], rest[end:]
+                rows.append('')
+            rows[-1] += rest
+        return rows
+
+    def _fitting(self, text: str, width: float, size: float) -> int:
+        """How many letters from the left are so many inches wide at most; at least one."""
+        self.font.set_size(size, DPI)
+        wide = [self.font.load_char(ord(c)).horiAdvance / 64 / DPI for c in text]
+        return max(bisect.bisect_right([*itertools.accumulate(wide)], width), 1)
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         """Dollar signs are text: nothing is taken for a formula."""

@@ -66,6 +66,34 @@ def test_two_answers_on_a_page(tmp_path):
     assert a.shape[1] == 1690
 
 
+@pytest.mark.parametrize('text', ['W' * 300, 'il ' * 300, '\u25a1' * 300, 'a\n\nWide ' * 40])
+def test_no_line_is_wider_than_its_place(text):
+    from matplotlib.textpath import TextPath
+
+    rows = comparison._Canvas().wrapped(text, 4.0, 5, size=10)
+    wide = [TextPath((0, 0), row, size=10).get_extents().width / 72 for row in rows if row.strip()]
+    assert len(rows) == 5
+    assert rows[-1].endswith(' \u2026')
+    assert max(wide) <= 4.0
+    assert max(wide) > 3.5 or text.startswith('a')
+
+
+def test_bars_and_their_values_have_room():
+    canvas = comparison._Canvas()
+    axis = canvas.axes(0, 0, 2.1, 1)
+    comparison._weights(axis, np.float32([0.9, 0.1]), np.float32([0.1, -1e-9]))
+    low, high = axis.get_xlim()
+    assert low < 0
+    assert high > 0.9
+    assert [text.get_text() for text in axis.texts] == ['+0.100', '+0.000']
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"found '.html', expected one of"):
+        comparison.page([explanation()] * 2, tmp_path / 'a.html', question='', answers=('', ''))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_two_questions_do_not_compare(tmp_path):
     other = explanation(weight_J=np.float32([0.5, 0.4, 0.1]))
     with pytest.raises(ValueError, match=r'^explained: found weights that differ'):
