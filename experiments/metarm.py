@@ -37,6 +37,12 @@ GRID = {
     'Adam inside': (1e-3,),
 }
 
+DRAWN = (
+    ('vanilla', 0.0), ('published', 0.1), ('published', 1.0), ('published', -1.0),
+    ('keep theta prime', 0.01), ('joint', 0.1), ('second order', 0.1), ('second order', 1.0),
+    ('Adam inside', 1e-3),
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(shifted.Learning):
@@ -219,9 +225,8 @@ def signs(c: Config) -> None:
 
 
 def picture(c: Config) -> None:
-    """J and accuracies while the members learn, where the step is not too small to see."""
-    of = {key: cell['curves'] for key, cell in read(c).items()
-          if key[0] == 'vanilla' or abs(key[1]) >= 1e-3}  # fmt: skip
+    """J and accuracies while the members learn."""
+    of = {key: cell['curves'] for key, cell in read(c).items() if key in DRAWN}
     panels = {
         name: {f'{variant} {eta:g}': (x['step'], x[name]) for (variant, eta), x in of.items()}
         for name in ('J', 'J scaled', 'accuracy', 'shifted accuracy')
