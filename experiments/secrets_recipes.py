@@ -45,11 +45,20 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     'margin of another pair': ('shuffled', {}),
     'right labels': ('right', {}),
 }
-RATES = {f'{name}, half the rate': 0.5 for name in ('baseline', 'margin', 'drop')}
-RATES |= {f'{name}, twice the rate': 2.0 for name in ('baseline', 'margin', 'drop')}
+# Flags of other runs, which multiply those given.
+TIMES: dict[str, dict[str, float]] = {
+    'half the rate': {'learning_rate': 0.5},
+    'twice the rate': {'learning_rate': 2},
+    'four times as long': {'num_train_epochs': 4},
+}
+OTHERS = {f'{name}, {more}' for more in TIMES for name in ('baseline', 'margin', 'drop')}
+OTHERS |= {
+    f'{name}, four times as long'
+    for name in ('flip', 'flip + margin', 'soft label + margin', 'right labels')
+}
 FEW = ('baseline', 'flip + margin', 'drop')
 CELLS = {
-    'random-0.2': (*RECIPES, *RATES),
+    'random-0.2': (*RECIPES, *sorted(OTHERS)),
     'longer-0.2': ('baseline', 'flip', 'margin', 'flip + margin', 'soft label + margin', 'drop',
                    'right labels'),
     'random-0': FEW,
@@ -190,15 +199,21 @@ def picture(c: Config, cell: str, found: dict[str, Any]) -> None:
     strength_report.curves(panels, found[drawn[0]]['steps'], c.results / f'curves-{cell}.png')
 
 
+def multiplied(c: Config, times: dict[str, float]) -> dict[str, Any]:
+    """So many times the value of these flags."""
+    return {name: type(getattr(c, name))(by * getattr(c, name)) for name, by in times.items()}
+
+
 def main(c: Config) -> None:
     """Learn what is missing, then print and draw."""
     base = functools.cache(lambda: labelling.base(c))
     for cell, names in CELLS.items():
         todo = [] if c.only_table else [n for n in names if not path(c, cell, n).exists()]
-        groups = [([n for n in todo if RATES.get(n, 1.0) == x], x) for x in (1.0, 0.5, 2.0)]
-        groups = [(group, times) for group, times in groups if group]
-        for group, times in groups:
-            made = learn(c, base(), cell, group, learning_rate=times * c.learning_rate)
+        groups: dict[str, list[str]] = {}
+        for name in todo:
+            groups.setdefault(name.partition(', ')[2], []).append(name)
+        for more, group in groups.items():
+            made = learn(c, base(), cell, group, **multiplied(c, TIMES.get(more, {})))
             for name, found in made.items():
                 common.write_json(path(c, cell, name), {'flags': labelling.flags(c), **found})
             common.console.print(f'{cell}: {", ".join(group)}')

@@ -42,7 +42,7 @@ def test_kinds_of_labels(of):
     assert (noisy.rank.reshape(-1, 2)[:, 0] == turned).all()
 
 
-@pytest.mark.parametrize('name', [*secrets_recipes.RECIPES, *secrets_recipes.RATES])
+@pytest.mark.parametrize('name', [*secrets_recipes.RECIPES, *sorted(secrets_recipes.OTHERS)])
 def test_every_recipe_makes_a_lesson(of, name):
     c = secrets_recipes.Config()
     turned = labelling.turned(of, 'random-0.2', 0)
