@@ -183,16 +183,29 @@ def read(c: Config) -> dict[str, list[dict[str, Any]]]:
     return {variant: cell['rounds'] for variant, cell in found.items() if cell}
 
 
+def mean(name: str, x_E: Any) -> float:
+    """Over seeds; of perplexities the geometric mean."""
+    return float(np.exp(np.mean(np.log(x_E))) if name == 'perplexity' else np.mean(x_E))
+
+
 def table(c: Config) -> None:
     """What the policies of each round are like, and where they turned."""
     rows, names = {}, ('proxy', 'kl', 'perplexity', 'distance', 'accuracy')
-    for variant, found in read(c).items():
+    every = read(c)
+    for variant, found in every.items():
         for r, row in enumerate(found):
             gold_En = np.array(row['gold'])
-            gap = separation.points(gold_En - np.array(found[r - 1]['gold'])) if r else ''
-            more = [f'{np.mean(row[name]):.3f}' if name in row else '' for name in names]
-            rows[f'{variant}, round {r}'] = [f'{gold_En.mean():.3f}', gap, *more]
-    columns = ['gold', 'x 100, over the round before', *names]
+            before = [found[r - 1]] if r else []
+            vanilla = (
+                [every['vanilla'][r]] if r and variant != 'vanilla' and 'vanilla' in every else []
+            )
+            gaps = [
+                separation.points(gold_En - np.array(of[0]['gold'])) if of else ''
+                for of in (before, vanilla)
+            ]
+            means = [f'{mean(name, row[name]):.3f}' if name in row else '' for name in names]
+            rows[f'{variant}, round {r}'] = [f'{gold_En.mean():.3f}', *gaps, *means]
+    columns = ['gold', 'x 100, over the round before', 'over vanilla', *names]
     common.table(f'rounds, {len(c.seeds)} seeds', rows, columns, paste=True)
     for variant, found in read(c).items():
         gold_REn, gain_REn = (np.array([row[k] for row in found]) for k in ('gold', 'gain'))
