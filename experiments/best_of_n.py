@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import jaxrm
-from experiments import common, dogerm, generations
+from experiments import common, dogerm, generations, stored
 from experiments.generations import Bench
 from jaxrm import bestofn, evaluate, intervals, report, sandbox, strength_report
 from jaxrm.data import Preference
@@ -55,7 +55,7 @@ def cell(c: Config, name: str, of: Bench, curves: dict[str, Array]) -> None:
 
 
 def read(c: Config, name: str) -> dict[str, Any] | None:
-    return dogerm.read(c.results / f'{name}.json', flags(c))
+    return stored.read(c.results / f'{name}.json', flags(c))
 
 
 def flags(c: Config) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Tables and pictures of the DMoERM experiment on the synthetic world, from its result files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import common, gating
+from experiments import common, gating, stored
 from experiments.separation import crossed, of_digits, points
 from jaxrm import report
 
@@ -19,7 +18,7 @@ def show(
     folder: Path, cells: Sequence[str], flags: Mapping[str, Any], capabilities: Capabilities
 ) -> None:
     """Everything that there is; ValueError for a cell of other flags."""
-    found = {name: x for name in cells if (x := read(folder / f'{name}.json', flags))}
+    found = {name: x for name in cells if (x := stored.read(folder / f'{name}.json', flags))}
     for flips in dict.fromkeys(name.rsplit('-', 1)[1] for name in cells):
         mine = {name.rsplit('-', 1)[0]: x for name, x in found.items() if name.endswith(flips)}
         accuracies(mine, flags['categories'], flips)
@@ -28,18 +27,6 @@ def show(
             conflict(mine['conflict'], flags['test_pairs'], flips)
         if 'best of n' in mine:
             best_of_n(mine['best of n'], folder, flips)
-
-
-def read(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A cell, if it is there."""
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    for name in found['flags'].keys() | flags.keys():
-        was, now = found['flags'].get(name), flags.get(name)
-        if was != now:
-            raise ValueError(f'{path}: is of a run with {name} {was!r}, not {now!r}')
-    return found
 
 
 def accuracies(found: Mapping[str, Any], categories: Sequence[str], flips: str) -> None:

@@ -13,7 +13,6 @@ held-out prompts, by the true order.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, devices, dmoerm, dmoerm_arms, dmoerm_samples, dmoerm_tables
+from experiments import common, devices, dmoerm, dmoerm_arms, dmoerm_samples, dmoerm_tables, stored
 from experiments.dmoerm_arms import World
 from jaxrm import members, tokens
 from jaxrm.datasets import synthetic
@@ -265,13 +264,6 @@ CELLS = {
 }  # fmt: skip
 
 
-def flags(c: Config) -> dict[str, Any]:
-    """Those that every cell depends on."""
-    aside = {'output_dir', 'results', 'cells', 'only_table', 'model_name_or_path', *devices.ASIDE}
-    given = {k: v for k, v in dataclasses.asdict(c).items() if k not in aside}
-    return json.loads(json.dumps(given))
-
-
 def learn(c: Config) -> None:
     """Every cell that has no result yet, in the order of the flag."""
     worlds: dict[float, World] = {}
@@ -283,7 +275,7 @@ def learn(c: Config) -> None:
         if share not in worlds:
             worlds = {share: dmoerm_arms.made(c, share)}
         found = CELLS[name](worlds[share], share)
-        common.write_json(path, {'flags': flags(c), **found})
+        common.write_json(path, {'flags': stored.flags(c), **found})
         common.console.print(f'{cell}: done in {time.monotonic() - begun:.0f} s')
 
 
@@ -291,7 +283,7 @@ def main(c: Config) -> None:
     """Learn what is missing, then print and draw."""
     if not c.only_table:
         learn(c)
-    dmoerm_tables.show(c.results, c.cells, flags(c), CAPABILITIES)
+    dmoerm_tables.show(c.results, c.cells, stored.flags(c), CAPABILITIES)
 
 
 if __name__ == '__main__':

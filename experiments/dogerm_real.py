@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, devices, dmoerm, dogerm, labelling
+from experiments import common, devices, dmoerm, dogerm, labelling, stored
 from experiments.dmoerm import Lesson, Pace
 from jaxrm import backbones, checkpoint, data, heads, members, reward, tokens, train
 from jaxrm.backbones import attention
@@ -126,7 +126,7 @@ def table(c: Config) -> None:
     """A row for each set's reward models; the curves."""
     rows, domain, own = {}, {}, {}
     for name in c.sets:
-        every = [dogerm.read(path(c, name, seed), flags(c)) for seed in c.seeds]
+        every = [stored.read(path(c, name, seed), flags(c)) for seed in c.seeds]
         if found := [x for x in every if x]:
             domain[name], own[name] = (
                 np.array([x['curves'][k] for x in found]) for k in ('domain', 'own')

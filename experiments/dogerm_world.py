@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from experiments import common, devices, dmoerm, dogerm, labelling
+from experiments import common, devices, dmoerm, dogerm, labelling, stored
 from experiments.dmoerm import Lesson, Pace
 from jaxrm import cache, checkpoint, heads, members, reward, tokens, train, tree
 from jaxrm.backbones.layers import Decoder
@@ -137,7 +137,7 @@ def world(c: Config) -> World:
     lm = reward.RewardModel(decoder, heads.LanguageModel(config.V, tied=True))
     rm = reward.RewardModel(decoder, heads.Scalar())
     w = World(rm, lm, [], tokenizer, devices.mesh(c))
-    of_flags = cache.digest({k: v for k, v in labelling.flags(c).items() if k in OF_BASES})[:8]
+    of_flags = cache.digest({k: v for k, v in stored.flags(c).items() if k in OF_BASES})[:8]
     folders = [c.output_dir / of_flags / f'base-{i}' for i in range(2)]
     if not all((folder / 'config.json').exists() for folder in folders):
         starts = [lm.init_backbone(jax.random.key(seed)) for seed in (0, 1)]
@@ -222,7 +222,7 @@ def cells(c: Config, kinds: Sequence[str]) -> None:
             for name in sets
             for what, value in MEASURES.items()
         }
-        said = {'flags': labelling.flags(c), 'shares': of, 'picks': picks, 'curves': curves}
+        said = {'flags': stored.flags(c), 'shares': of, 'picks': picks, 'curves': curves}
         common.write_json(path(c, kind), said)
         common.console.print(f'{kind}: done')
 
@@ -240,7 +240,7 @@ def path(c: Config, kind: str) -> Path:
 
 def table(c: Config) -> None:
     """A row for each kind of other model; curves as pictures."""
-    found = {kind: labelling.read(path(c, kind), c) for kind in KINDS}
+    found = {kind: stored.read(path(c, kind), stored.flags(c)) for kind in KINDS}
     found = {kind: x for kind, x in found.items() if x}
     if not found:
         return

@@ -8,7 +8,6 @@ Letters: E members, n pairs.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import devices
+from experiments import devices, stored
 from jaxrm import (
     backbones,
     cache,
@@ -195,7 +194,7 @@ def scores(c: Any, b: Base, cell: str) -> dict[str, Array]:
     `turned`, whose labels were wrong. Kept in the output folder.
     """
     names = [f.name for f in dataclasses.fields(Config)]
-    kept = {k: v for k, v in flags(c).items() if k in names}
+    kept = {k: v for k, v in stored.flags(c).items() if k in names}
     path = c.output_dir / f'{cell}-{cache.digest(kept)[:8]}.npz'
     if path.exists():
         return dict(np.load(path))
@@ -249,23 +248,3 @@ def right(gap_En: Array, turned_n: Array) -> dict[str, Array]:
 def rounded(x: Any, places: int = 4) -> Any:
     """Numbers for a result file."""
     return np.round(np.asarray(x, float), places).tolist()
-
-
-# Result files
-
-
-def flags(c: Any) -> dict[str, Any]:
-    """Those that every cell depends on."""
-    aside = {'output_dir', 'results', 'only_table', 'model_name_or_path', 'cells', *devices.ASIDE}
-    given = {k: v for k, v in dataclasses.asdict(c).items() if k not in aside}
-    return json.loads(json.dumps(given))
-
-
-def read(path: Path, c: Any) -> dict[str, Any] | None:
-    """A cell, if it is there; ValueError for one of other flags."""
-    if not path.exists():
-        return None
-    found, wanted = json.loads(path.read_text()), flags(c)
-    if found['flags'] != wanted:
-        raise ValueError(f'{path}: is of a run with {found["flags"]}, not {wanted}')
-    return found

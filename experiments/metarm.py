@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, separation, shifted
+from experiments import common, separation, shifted, stored
 from jaxrm import members, meta, packing, sharding, tokens, train
 from jaxrm.datasets import synthetic
 
@@ -175,7 +175,7 @@ def path(c: Config, variant: str, eta: float) -> Path:
 
 def read(c: Config) -> dict[tuple[str, float], dict[str, Any]]:
     """The cells that there are."""
-    found = {key: shifted.read(path(c, *key), c) for key in grid(c)}
+    found = {key: stored.read(path(c, *key), stored.flags(c)) for key in grid(c)}
     return {key: cell for key, cell in found.items() if cell}
 
 
@@ -240,7 +240,7 @@ def main(c: Config) -> None:
     w = world(c) if todo else None
     for key in todo:
         made = cell(c, w, *key)
-        common.write_json(path(c, *key), {'flags': shifted.flags(c), **made})
+        common.write_json(path(c, *key), {'flags': stored.flags(c), **made})
         common.console.print(f'{key}: {made["seconds"]} s')
     table(c)
     signs(c)

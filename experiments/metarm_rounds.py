@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, separation, shifted
+from experiments import common, separation, shifted, stored
 from jaxrm import (
     evaluate,
     heads,
@@ -98,13 +98,16 @@ def surprise(s: shifted.Start, records: list[Preference]) -> tuple[Array, Array]
 
 
 def drawn(
-    c: Config, s: shifted.Start, pool: list[Preference], policies: list[rounds.Policy]
+    c: Config, s: shifted.Start, pool: list[Preference], policies: list[rounds.Policy], done: int
 ) -> tuple[list[packing.Batches], list[tokens.Tokens], list[Array]]:
-    """Sets of every member's policy: batches, their tokens, and what the answers are worth."""
+    """Sets of every member's policy: batches, their tokens, and what the answers are worth.
+
+    Raises ValueError for a policy that is not that of after `done` rounds.
+    """
     records: list[Preference] = []
     for policy, seed in zip(policies, c.seeds, strict=True):
         found = rounds.sample(policy, pool, c.candidates, seed=seed)
-        rounds.check_fresh(found, policy.round)
+        rounds.check_fresh(found, done)
         records += found
     whole = meta.unlabelled(shifted.encoded(records, s.tokenizer))
     shape = shifted.batches(whole, c.set_batch_size, s.rm.backbone.config.D, s.mesh).shape
@@ -155,8 +158,8 @@ def loop(c: Config, s: shifted.Start, variant: str) -> dict[str, Any]:
         rows.append({name: shifted.rounded(x) for name, x in row.items()})
 
     judge(gain=np.zeros((len(c.seeds), len(pool))))
-    for _ in range(c.rounds):
-        sets, own, worth = drawn(c, s, pool, policies)
+    for done in range(c.rounds):
+        sets, own, worth = drawn(c, s, pool, policies, done)
         params_E = shifted.learn(c, s, variant, VARIANTS[variant], sets)
         score_Ec = shifted.scores(s, params_E, of)
         reward_EnM = (score_Ec / score_Ec.std(1, keepdims=True)).reshape(-1, *far_nM.shape)
@@ -179,7 +182,7 @@ def path(c: Config, variant: str) -> Path:
 
 def read(c: Config) -> dict[str, list[dict[str, Any]]]:
     """The rounds of every variant that there is."""
-    found = {v: shifted.read(path(c, v), c) for v in c.variants or VARIANTS}
+    found = {v: stored.read(path(c, v), stored.flags(c)) for v in c.variants or VARIANTS}
     return {variant: cell['rounds'] for variant, cell in found.items() if cell}
 
 
@@ -231,7 +234,7 @@ def main(c: Config) -> None:
     s = shifted.start(c) if todo else None
     for variant in todo:
         made = loop(c, s, variant)
-        common.write_json(path(c, variant), {'flags': shifted.flags(c), **made})
+        common.write_json(path(c, variant), {'flags': stored.flags(c), **made})
     table(c)
     picture(c)
 

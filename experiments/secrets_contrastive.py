@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import common, devices, labelling, separation
+from experiments import common, devices, labelling, separation, stored
 from jaxrm import (
     contrastive,
     members,
@@ -195,7 +195,7 @@ def path(c: Config, method: str, name: str) -> Path:
 
 def read(c: Config, name: str) -> dict[str, dict[str, Any]]:
     """What there is of a cell, by method."""
-    found = {method: labelling.read(path(c, method, name), c) for method in METHODS}
+    found = {method: stored.read(path(c, method, name), stored.flags(c)) for method in METHODS}
     return {method: x for method, x in found.items() if x}
 
 
@@ -238,7 +238,7 @@ def main(c: Config) -> None:
     todo = [] if c.only_table else [x for x in every if not path(c, *x).exists()]
     w = world(c) if todo else None
     for method, name in todo:
-        found = {'flags': labelling.flags(c), **made(c, w, method, name)}
+        found = {'flags': stored.flags(c), **made(c, w, method, name)}
         common.write_json(path(c, method, name), found)
         common.console.print(f'{method}, {name}: {found["train"]["seconds"]} s')
     for name in c.cells:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, labelling
+from experiments import common, labelling, stored
 from experiments.labelling import Base, Lesson
 from experiments.separation import digits, of_digits
 from jaxrm import data, evaluate, strength, strength_report, tokens
@@ -130,7 +130,7 @@ def said(gap_En: Array, turned_n: Array, test_En: Array, share: float) -> dict[s
 
 def table(c: Config, cell: str) -> None:
     """The ensembles, and the recipes beside the baseline."""
-    if not (found := labelling.read(c.results / f'{cell}.json', c)):
+    if not (found := stored.read(c.results / f'{cell}.json', stored.flags(c))):
         return
     rows: dict[str, list[Any]] = {}
     for name in found['seeds'][0]:
@@ -162,7 +162,7 @@ def main(c: Config) -> None:
         sys.exit('JAXRM_DATA is not set: it names the folder with preference/*.jsonl.gz')
     b = labelling.base(c) if todo else None
     for cell in todo:
-        made = {'flags': labelling.flags(c), **learn(c, b, cell)}
+        made = {'flags': stored.flags(c), **learn(c, b, cell)}
         common.write_json(c.results / f'{cell}.json', made)
     for cell in CELLS:
         table(c, cell)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, labelling
+from experiments import common, labelling, stored
 from experiments.labelling import Base, Lesson
 from experiments.separation import crossed, digits, of_digits, points
 from jaxrm import statistics, strength, strength_report, tokens
@@ -153,7 +153,7 @@ def path(c: Config, cell: str, name: str) -> Path:
 
 def read(c: Config, cell: str) -> dict[str, dict[str, Any]]:
     """The recipes' cells that there are."""
-    found = {name: labelling.read(path(c, cell, name), c) for name in CELLS[cell]}
+    found = {name: stored.read(path(c, cell, name), stored.flags(c)) for name in CELLS[cell]}
     return {name: x for name, x in found.items() if x}
 
 
@@ -215,7 +215,7 @@ def main(c: Config) -> None:
         for more, group in groups.items():
             made = learn(c, base(), cell, group, **multiplied(c, TIMES.get(more, {})))
             for name, found in made.items():
-                common.write_json(path(c, cell, name), {'flags': labelling.flags(c), **found})
+                common.write_json(path(c, cell, name), {'flags': stored.flags(c), **found})
             common.console.print(f'{cell}: {", ".join(group)}')
         table(c, cell)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, labelling
+from experiments import common, labelling, stored
 from experiments.gating import over_seeds
 from experiments.labelling import Base, Lesson
 from jaxrm import strength, strength_report, tokens
@@ -27,6 +27,7 @@ RESULTS = labelling.RESULTS / 'secrets_strength'
 Array = np.ndarray
 BINS = [0, 1, 4, 8, 12, 14, 15]
 EDGES = np.linspace(-3, 3, 41)
+OF = 'random-0.2'  # the labels of deciles and folds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def table(c: Config) -> None:
     """Everything that there is."""
     rows, by_decile, agrees = {}, {}, {}
     for cell in c.cells:
-        if not (found := labelling.read(c.results / f'{cell}.json', c)):
+        if not (found := stored.read(c.results / f'{cell}.json', stored.flags(c))):
             continue
         each = {k: [x[k] for x in found['seeds']] for k in found['seeds'][0]}
         rows[cell] = [
@@ -168,13 +169,13 @@ def table(c: Config) -> None:
     common.table('wrong labels found', rows, columns, paste=True)
     common.table('wrong by decile', by_decile, list(map(str, range(10))), paste=True)
     common.table('held-out labels right, of 16 bins', agrees, list(map(str, BINS)), paste=True)
-    if found := labelling.read(c.results / 'deciles.json', c):
+    if found := stored.read(c.results / 'deciles.json', stored.flags(c)):
         rows = {
             k: [f'{np.mean(x):.3f}' for x in found[k]] for k in ('strength', 'flipped', 'shuffled')
         }
         common.table('gold accuracy of a decile alone', rows, list(map(str, range(10))), paste=True)
         strength_report.deciles({k: np.array(found[k]) for k in rows}, c.results / 'deciles.png')
-    if found := labelling.read(c.results / 'folds.json', c):
+    if found := stored.read(c.results / 'folds.json', stored.flags(c)):
         rows = {k: [spread(found[k])] for k in ('out of fold', 'own')}
         common.table('two members, AUROC', rows, ['over seeds'], paste=True)
 
@@ -194,8 +195,8 @@ def main(c: Config) -> None:
     todo = [] if c.only_table else [n for n in parts if not (c.results / f'{n}.json').exists()]
     b = labelling.base(c) if todo else None
     for name in todo:
-        made = parts[name](c, b, name if parts[name] is ensemble else c.cells[0])
-        common.write_json(c.results / f'{name}.json', {'flags': labelling.flags(c), **made})
+        made = parts[name](c, b, name if parts[name] is ensemble else OF)
+        common.write_json(c.results / f'{name}.json', {'flags': stored.flags(c), **made})
         common.console.print(f'{name}: done')
     table(c)
 

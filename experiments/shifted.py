@@ -8,7 +8,6 @@ Letters: E members, n records, c answers.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,23 +214,6 @@ def rounded(x: Any) -> Any:
 
 
 # Cells on disk, and pictures
-
-
-def flags(c: Learning) -> dict[str, Any]:
-    """Those that every cell depends on."""
-    aside = {'variants', 'results', 'only_table', 'model_name_or_path', *devices.ASIDE}
-    given = {k: v for k, v in dataclasses.asdict(c).items() if k not in aside}
-    return json.loads(json.dumps(given))
-
-
-def read(path: Path, c: Learning) -> dict[str, Any] | None:
-    """A cell, None where it is not; ValueError for one of other flags."""
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    if found['flags'] != flags(c):
-        raise ValueError(f'{path}: is of a run with {found["flags"]}, not {flags(c)}')
-    return found
 
 
 def lines(panels: dict[str, dict[str, tuple[Any, Any]]], path: Path, *, xlabel: str) -> None:

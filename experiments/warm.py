@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, dmoerm, dogerm, labelling
+from experiments import common, dmoerm, dogerm, labelling, stored
 from experiments.dmoerm import Lesson, Pace
 from experiments.labelling import Base
 from experiments.separation import crossed, digits, of_digits, points
@@ -162,7 +162,7 @@ def row(x: dict[str, Any]) -> list[str]:
 
 def table(c: Config) -> None:
     """A row for each beginning; the lines of weights as a picture."""
-    found = {cell: x for cell in CELLS if (x := labelling.read(path(c, cell), c))}
+    found = {cell: x for cell in CELLS if (x := stored.read(path(c, cell), stored.flags(c)))}
     if not found:
         return
     columns = [
@@ -191,7 +191,7 @@ def main(c: Config) -> None:
         probes = probed(c, b, [labelling.noisy(*x) for x in zip(own, wrong, strict=True)])
         for cell in missing:
             made = measured(c, b, cell, own, wrong, probes)
-            common.write_json(path(c, cell), {'flags': labelling.flags(c), **made})
+            common.write_json(path(c, cell), {'flags': stored.flags(c), **made})
             common.console.print(f'{cell}: done')
     table(c)
 
