@@ -34,15 +34,18 @@ def start(command, *, devices=2, cache=None, environ=(), cwd=None):
     )
 
 
-def pair(command, *, devices=1, cwd=(None, None), **options):
-    """Two processes of so many devices each that run the command together."""
+def joined(count):
+    """The environment of processes that run together, less JAX_PROCESS_ID."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    joins = [
-        {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(i)}
-        for i in range(2)
-    ]
+    return {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(count)}
+
+
+def pair(command, *, devices=1, cwd=(None, None), **options):
+    """Two processes of so many devices each that run the command together."""
+    both = joined(2)
+    joins = [both | {'JAX_PROCESS_ID': str(i)} for i in range(2)]
     environ = dict(options.pop('environ', ()))
     return [
         start(command, devices=devices, environ=environ | j, cwd=c, **options)
