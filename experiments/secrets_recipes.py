@@ -165,7 +165,7 @@ def rights(found: dict[str, Any]) -> dict[str, Array]:
 
 
 def table(c: Config, cell: str) -> None:
-    """Accuracies, beside the baseline's; how the kinds of label rank the recipes."""
+    """Accuracies, beside those of a baseline that learns alike; how labels rank the recipes."""
     found = read(c, cell)
     if not found:
         return
@@ -173,8 +173,10 @@ def table(c: Config, cell: str) -> None:
     for name, x in every.items():
         seeds = x['gold'].mean(1)
         rows[name] = [f'{x["gold"].mean():.3f} ({seeds.min():.3f} to {seeds.max():.3f})']
+        of, comma, more = name.partition(', ')
+        like = 'baseline' if of == 'baseline' else f'baseline{comma}{more}'
         for kind in ('gold', 'noisy', 'agreement'):
-            base = every['baseline'][kind]
+            base = every[like][kind]
             gap = points(x[kind] - base) if name != 'baseline' else str(crossed(base))
             rows[name].append(gap if kind == 'gold' else f'{x[kind].mean():.3f}; {gap}')
         bins[name] = [f'{a:.3f}, {b:.3f}' for a, b in found[name]['calibration'].values()]
