@@ -1,6 +1,6 @@
 """Best-of-n on the synthetic world, by the models of the DMoERM experiment.
 
-Answers are of a policy half way to the shifted one, and their gold is the world's.
+Answers are of a policy on its way to the shifted one, and their gold is the world's.
 
 Letters: S seeds, K members, C categories, B prompts, N samples of each, c answers.
 """
@@ -16,7 +16,6 @@ from jaxrm.datasets import synthetic
 
 Array = np.ndarray
 SHARED = 16  # answers of a prompt in one record
-POLICY = 0.5
 
 
 def sizes(samples: int) -> tuple[int, ...]:
@@ -24,12 +23,12 @@ def sizes(samples: int) -> tuple[int, ...]:
     return (*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples)
 
 
-def sampled(w: Any) -> tuple[tokens.Tokens, Array, Array]:
+def sampled(w: Any, policy: float) -> tuple[tokens.Tokens, Array, Array]:
     """Answers, `prompts` x `samples` of each category in turn; their gold [B, N]; category [B]."""
     c, records, gold = w.c, [], []
     for name in c.categories:
         made = synthetic.preferences(c.prompts, seed=0, split='test', candidates=c.samples,
-                                     policy=POLICY, labels='none', categories=(name,))  # fmt: skip
+                                     policy=policy, labels='none', categories=(name,))  # fmt: skip
         for record in made:
             gold.append([synthetic.gold(record.messages, str(r)).reward for r in record.responses])
             records += [
@@ -60,9 +59,9 @@ def proxies(w: Any, singles: Any, alone: Any, inner: Any, some: tokens.Tokens, o
     return {k: x.reshape(S, -1, N) for k, x in {**out, **own}.items()}
 
 
-def curves(w: Any, singles: Any, alone: Any, inner: Any) -> dict[str, Any]:
+def curves(w: Any, singles: Any, alone: Any, inner: Any, policy: float) -> dict[str, Any]:
     """[S, B, n] gold of what each picks, and the proxy's own value in its standard deviations."""
-    some, gold_BN, of_B = sampled(w)
+    some, gold_BN, of_B = sampled(w, policy)
     ns = sizes(w.c.samples)
     out = {}
     for name, score_SBN in proxies(w, singles, alone, inner, some, of_B).items():

@@ -25,8 +25,9 @@ def show(
         matrices(mine, capabilities, flips)
         if 'conflict' in mine:
             conflict(mine['conflict'], flags['test_pairs'], flips)
-        if 'best of n' in mine:
-            best_of_n(mine['best of n'], folder, flips)
+        for name in ('best of n', 'best of n, far'):
+            if name in mine:
+                best_of_n(mine[name], f'{name}, flips {flips}', folder)
 
 
 def accuracies(found: Mapping[str, Any], categories: Sequence[str], flips: str) -> None:
@@ -81,22 +82,29 @@ def conflict(found: Mapping[str, Any], n: int, flips: str) -> None:
                  ['alone', 'together', 'difference, points'], paste=True)  # fmt: skip
 
 
-def best_of_n(found: Mapping[str, Any], folder: Path, flips: str) -> None:
+def best_of_n(found: Mapping[str, Any], title: str, folder: Path) -> None:
     """Gold of what each proxy picks, above a blind pick; what is lost after the best n."""
-    ns, kl, rows, gold, proxy = found['n'], found['kl'], {}, {}, {}
-    for name, x in found['curves'].items():
-        above_SBn = (np.array(x['gold']) - np.array(x['gold'])[..., :1]) / found['std of gold']
+    ns, kl, rows, proxy = found['n'], found['kl'], {}, {}
+    picked = {name: np.array(x['gold']) for name, x in found['curves'].items()}
+    above = {name: (x - x[..., :1]) / found['std of gold'] for name, x in picked.items()}
+    ends = {name: x[..., -1] for name, x in above.items()}
+    for name, above_SBn in above.items():
         mean_n = above_SBn.mean((0, 1))
         top = int(mean_n.argmax())
         lost = crossed(above_SBn[..., top] - above_SBn[..., -1])
         picks = [f'{mean_n[ns.index(n)]:+.2f}' for n in ns if n in (4, 16, ns[-1])]
-        end = '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*crossed(above_SBn[..., -1]))
-        rows[name] = [*picks, end, ns[top], '{:.2f} [{:.2f}, {:.2f}]'.format(*lost)]
-        gold[name], proxy[name] = above_SBn.mean(1), np.array(x['proxy'])[None]
+        apart = [ends[name], *([ends['DMoERM'] - ends[name]] if name != 'DMoERM' else [])]
+        said = ['{:+.2f} [{:+.2f}, {:+.2f}]'.format(*crossed(x_SB)) for x_SB in apart]
+        rows[name] = [*picks, said[0], ns[top], '{:.2f} [{:.2f}, {:.2f}]'.format(*lost),
+                      *said[1:]]  # fmt: skip
+        proxy[name] = np.array(found['curves'][name]['proxy'])[None]
     columns = [f'n = {n}' for n in ns if n in (4, 16, ns[-1])]
-    common.table(f'best of n: gold in its standard deviations, flips {flips}', rows,
-                 [*columns, 'at the last n', 'best n', 'lost after it'], paste=True)  # fmt: skip
-    lines({'gold': gold, 'proxy': proxy}, kl, folder / f'best_of_n-{flips}.png')
+    common.table(f'{title}: gold in its standard deviations', rows,
+                 [*columns, 'at the last n', 'best n', 'lost after it', 'DMoERM - this'],
+                 paste=True)  # fmt: skip
+    name = title.replace(', flips ', '-').replace(',', '').replace(' ', '_')
+    gold = {name: x.mean(1) for name, x in above.items()}
+    lines({'gold': gold, 'proxy': proxy}, kl, folder / f'{name}.png')
 
 
 def lines(panels: Mapping[str, Mapping[str, Array]], kl: Sequence[float], path: Path) -> None:

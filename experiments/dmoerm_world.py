@@ -13,6 +13,7 @@ held-out prompts, by the true order.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ class Config(devices.Devices):
         'single-0.25', 'routed-0.25', 'full-0.25', 'overall labels-0.25', 'no outer layer-0.25',
         'judge-0.25', 'ensembles-0.25', 'best of n-0.25', 'conflict-0.25', 'no swap filter-0.25',
         'single-0.0', 'routed-0.0', 'full-0.0', 'ensembles-0.0', 'best of n-0.0',
+        'best of n, far-0.25', 'best of n, far-0.0',
     )  # fmt: skip
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     members: int = 5  # of an ensemble
@@ -247,20 +249,21 @@ def conflict(w: World, flips: float) -> dict[str, Any]:
     return {'matrix': out, 'categories': names}
 
 
-def best_of_n(w: World, flips: float) -> dict[str, Any]:
-    """Gold against proxy of what each picks among samples of a shifted policy."""
+def best_of_n(w: World, flips: float, *, policy: float = 0.5) -> dict[str, Any]:
+    """Gold against proxy of what each picks among samples of a policy that has moved so far."""
     singles = dmoerm_arms.ensembles(w, flips)
     alone = dmoerm_arms.specialists(w, flips)
     base_G = dmoerm_arms.specialists(w, flips, True)
     count = len(next(iter(w.c.capabilities.values())))
     made = dmoerm_arms.taught(w, f'full-{flips}', base_G, [[None] * count] * len(w.groups()), None)
-    return dmoerm_samples.curves(w, singles, alone, made)
+    return dmoerm_samples.curves(w, singles, alone, made, policy)
 
 
 CELLS = {
     'single': single, 'ensembles': ensembles, 'routed': routed, 'full': full,
     'overall labels': overall, 'no outer layer': no_outer, 'no swap filter': no_swap,
     'conflict': conflict, 'judge': judged, 'best of n': best_of_n,
+    'best of n, far': functools.partial(best_of_n, policy=1.0),
 }  # fmt: skip
 
 
