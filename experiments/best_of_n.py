@@ -10,12 +10,14 @@ Of the first n candidates, n doubling, each model takes the one it scores highes
 several policies' answers in a fixed order: candidates are put into `orders` random ones, and a
 question counts by its mean over them. Rows are as in experiments.generations; code runs with
 --run_code alone, in namespaces of its own (--unsafe: as it is, where there are none). A cell is a
-model on a file.
+model on a file; other contents of a file of the same name are refused.
 """
 
 import dataclasses
 import functools
+import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +48,45 @@ class Config:
     only_table: bool = False
 
 
-def cell(c: Config, name: str, of: Bench, curves: dict[str, Array]) -> None:
-    """A file of curves [B, K]."""
+def cell(c: Config, name: str, path: str, of: Bench, curves: dict[str, Array]) -> None:
+    """A file of curves [B, K] on the data at `path`."""
     prompt_B = intervals.numbered(evaluate.prompts(of.records), len(of.gold))
     rounded = {k: np.round(x_BK, 3).tolist() for k, x_BK in curves.items()}
-    said = {'flags': flags(c), 'n': generations.doubling(of.gold), 'prompt': prompt_B.tolist()}
+    said = {
+        'flags': flags(c, path), 'n': generations.doubling(of.gold), 'prompt': prompt_B.tolist()
+    }  # fmt: skip
+    if of.why is not None:
+        said['ends'] = generations.ends(of.why)
     common.write_json(c.results / f'{name}.json', {**said, 'curves': rounded})
 
 
-def read(c: Config, name: str) -> dict[str, Any] | None:
-    return stored.read(c.results / f'{name}.json', flags(c))
+def read(c: Config, name: str, path: str) -> dict[str, Any] | None:
+    return stored.read(c.results / f'{name}.json', flags(c, path))
 
 
-def flags(c: Config) -> dict[str, Any]:
-    """Those that all cells depend on."""
+def flags(c: Config, path: str) -> dict[str, Any]:
+    """Those that a cell depends on: of the settings, some only where they are not the default."""
     names = ('orders', 'questions', 'run_code', 'max_length', 'max_answer')
-    return {name: getattr(c, name) for name in names}
+    found = {name: getattr(c, name) for name in names}
+    if c.run_code and (c.unsafe, c.timeout) != (Config.unsafe, Config.timeout):
+        found |= {'unsafe': c.unsafe, 'timeout': c.timeout}
+    if c.dataset_name and Path(path).is_file():
+        found['sha256'] = digest(path)
+    return found
+
+
+@functools.cache
+def digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def by_name(paths: Sequence[str]) -> dict[str, str]:
+    """{what it is called: file}; raises ValueError where two files are called the same."""
+    named: dict[str, str] = {}
+    for path in paths:
+        if (other := named.setdefault(short(path), path)) is not path:
+            raise ValueError(f'dataset_name: found {other} and {path}, of which two have one name')
+    return named
 
 
 def cut(records: list[Preference], tokenizer: Any, most: int) -> list[Preference]:
@@ -87,28 +112,28 @@ def learn(c: Config, files: dict[str, str]) -> None:
         raise ValueError(f'models: found {[*map(str, c.models)]}, of which two have one name')
     open_model = functools.cache(jaxrm.load)
     for name, path in files.items():
-        todo = [m for m in c.models if read(c, f'{short(m)}-{name}') is None]
-        if not todo and read(c, name):
+        todo = [m for m in c.models if read(c, f'{short(m)}-{name}', path) is None]
+        if not todo and read(c, name, path):
             continue
         code = {'timeout': c.timeout, 'unsafe': c.unsafe} if c.run_code else {}
         of = generations.load(path, questions=c.questions, **code)
-        cell(c, name, of, generations.baselines(of, c.orders))
+        cell(c, name, path, of, generations.baselines(of, c.orders))
         for model in todo:
             scorer = open_model(model)
             seen = cut(of.records, scorer.tokenizer, c.max_answer)
             scores = scorer.score_records(seen, max_length=c.max_length, overlong='left')
             found = generations.over_orders(of, bestofn.nested, scores, c.orders)
-            cell(c, f'{short(model)}-{name}', of, {short(model): found})
+            cell(c, f'{short(model)}-{name}', path, of, {short(model): found})
             common.console.print(f'{short(model)} on {name}: done')
 
 
 # Tables
 
 
-def table(c: Config, name: str) -> None:
+def table(c: Config, name: str, path: str) -> None:
     """Accuracy by n of each model and of what needs none, with intervals over questions."""
     names = [*(f'{short(m)}-{name}' for m in c.models), name]
-    found = [x for each in names if (x := read(c, each))]
+    found = [x for each in names if (x := read(c, each, path))]
     if not found:
         return
     curves = {k: np.array(x_BK) for x in found for k, x_BK in x['curves'].items()}
@@ -132,15 +157,15 @@ def main(c: Config) -> None:
     if not files:
         folder = Path(os.environ.get('JAXRM_DATA', 'JAXRM_DATA')) / 'bon'
         files = tuple(str(folder / f'{name}_candidates.jsonl.gz') for name in FILES)
-    named = {short(path): path for path in files}
+    named = by_name(files)
     if not c.only_table:
         if not c.dataset_name and 'JAXRM_DATA' not in os.environ:
             raise ValueError('JAXRM_DATA: found nothing, expected a folder with bon/*')
         if c.run_code:
             sandbox.check(unsafe=c.unsafe)
         learn(c, named)
-    for name in named:
-        table(c, name)
+    for name, path in named.items():
+        table(c, name, path)
 
 
 if __name__ == '__main__':

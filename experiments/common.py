@@ -22,11 +22,13 @@ from jaxrm import (
     backbones,
     checkpoint,
     evaluate,
+    fused,
     heads,
     hub,
     lora,
     packing,
     processes,
+    programs,
     resume,
     reward,
     shapes,
@@ -87,6 +89,7 @@ def launch(config: type, main: Callable[[Any], None]) -> None:
         c = parse(config)
         trackers.choose(getattr(c, 'report_to', ()))  # what is missing, now rather than later
         several = processes.join(os.environ)
+        programs.keep(os.environ)
         console.quiet = several and not processes.first()
         main(c)
         if several:
@@ -119,12 +122,7 @@ def _finished(c: Training) -> bool:
 
 def batches(c: Training, encoded: tokens.Tokens, mesh: Any, width: int) -> packing.Batches:
     """Packs of about `train_batch_size` prompts a step; says what came of it."""
-    parts = sharding.data_parallel(mesh) * c.gradient_accumulation_steps
-    packs = parts if c.packs is None else c.packs
-    if packs < 1 or packs % parts:
-        raise ValueError(f'packs: {packs}, expected a multiple of {parts}')
-    size = int(np.diff(encoded.start).mean() * c.train_batch_size / packs)
-    shape = shapes.fit(encoded, size=size, width=width, multiple=attention.row_multiple())
+    shape, packs = devices.packs(c, encoded, mesh, width)
     epochs = None if c.max_steps > 0 else c.num_train_epochs
     out = packing.Batches(encoded, shape, packs, seed=c.seed, epochs=epochs)
     steps = c.max_steps if c.max_steps > 0 else len(out)
@@ -232,7 +230,7 @@ class Model:
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_target_modules: str = lora.ALL_LINEAR  # searched in names like layers/q/kernel
-    gradient_checkpointing: Literal['none', 'dots', 'full'] = 'none'
+    gradient_checkpointing: Literal['none', 'dots', 'mlp', 'full', 'auto'] = 'none'
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # of compute; else the stored
     export_dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # else as it was learned
     vocabulary: int = 1024  # from here on: of a start from scratch
@@ -276,7 +274,7 @@ class Start(NamedTuple):
 
     rm: reward.RewardModel
     trainable: tree.Tree
-    frozen: tree.Tree
+    frozen: tree.Tree  # on the mesh, fused
     like: checkpoint.Pretrained
     digest: str  # of all parameters
 
@@ -320,7 +318,8 @@ def start(
         learns['backbone'], frozen = weights, {}
     if language:
         frozen['lm_head'] = like.head or {}
-    return Start(rm, learns, frozen, like, resume.digest([learns, frozen]))
+    digest = resume.digest([learns, frozen])
+    return Start(rm, learns, fused.place(frozen, mesh), like, digest)
 
 
 def export(c: Any, params: tree.Tree, like: checkpoint.Pretrained, scale: float, what: str) -> None:

@@ -1,11 +1,14 @@
 """Flags that say how a run uses its devices, and where it keeps what it goes on from."""
 
 import dataclasses
+import re
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
-from jaxrm import sharding
+from jaxrm import costs, packing, remat, shapes, sharding, tokens
+from jaxrm.backbones import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,3 +37,31 @@ def mesh(c: Devices) -> Mesh:
 def checkpoints(c: Any) -> str:
     """Where the training state is kept."""
     return c.checkpoint_dir or str(c.output_dir / 'checkpoints')
+
+
+def packs(c: Any, encoded: tokens.Tokens, mesh: Mesh, width: int) -> tuple[packing.Shape, int]:
+    """A pack shape for about `train_batch_size` prompts a step, and how many packs a step has."""
+    parts = sharding.data_parallel(mesh) * c.gradient_accumulation_steps
+    count = parts if c.packs is None else c.packs
+    if count < 1 or count % parts:
+        raise ValueError(f'packs: {count}, expected a multiple of {parts}')
+    size = int(np.diff(encoded.start).mean() * c.train_batch_size / count)
+    return shapes.fit(encoded, size=size, width=width, multiple=attention.row_multiple()), count
+
+
+def economical(c: Any, start: Any, encoded: tokens.Tokens, mesh: Mesh) -> Any:
+    """The start of a run on these records: with --gradient_checkpointing auto, as memory allows."""
+    if c.gradient_checkpointing != 'auto':
+        return start
+    backbone = start.rm.backbone
+    of = backbone.config
+    shape, count = packs(c, encoded, mesh, of.D)
+    method = costs.Method('everything', rank=0)
+    if c.use_peft:
+        targets = tuple(n for n in costs.LINEARS if re.search(c.lora_target_modules, f'/{n}/'))
+        method = costs.Method('adapter', rank=c.lora_r, targets=targets or costs.LINEARS)
+    each = count // sharding.data_parallel(mesh) // c.gradient_accumulation_steps
+    options = {'packs': each, 'width': np.dtype(backbone.dtype).itemsize}
+    chosen = remat.choose(of, method, shape, mesh, **options)
+    rm = dataclasses.replace(start.rm, backbone=backbone.clone(remat=chosen))
+    return start._replace(rm=rm)

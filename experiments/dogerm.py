@@ -7,7 +7,6 @@ Letters: S seeds, K shares, n records, c candidates, V tokens, D width.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from experiments import common
 from experiments.separation import crossed, digits, of_digits, points
 from jaxrm import (
     evaluate,
+    fused,
     merge,
     report,
     reward,
@@ -135,9 +135,11 @@ def permuted(params: tree.Tree, seed: int) -> tree.Tree:
 def aligned(models: Sequence[Pretrained], names: Sequence[str]) -> tuple[list[tree.Tree], Any]:
     """Their backbones with the same rows, and the tokenizer; the first model's leads.
 
-    Raises ValueError for models that compute different functions of the same weights.
+    Raises ValueError for models that compute different functions of the same weights; whether a
+    head is the embedding is none of backbones.
     """
-    merge.check_configs([m.config for m in models], names)
+    tied = models[0].config.tied
+    merge.check_configs([dataclasses.replace(m.config, tied=tied) for m in models], names)
     ids = [m.tokenizer.get_vocab() for m in models]
     tables = [m.backbone['embed']['embedding'] for m in models]
     sizes = [len(x) for x in tables]
@@ -162,7 +164,7 @@ class Mixed(NamedTuple):
 def mixed(model: str, language_model: str) -> Mixed:
     """Of two folders; ValueError where they are not of one architecture."""
     loaded = scorer.load(model)
-    decoder, params = loaded.model.backbone, loaded.params
+    decoder, params = loaded.model.backbone, fused.split(loaded.params)
     mine = Pretrained('', decoder.config, loaded.tokenizer, params['backbone'])
     theirs = load_pretrained(language_model, kind='backbone', dtype=mine.dtype)
     if theirs.tokenizer is None:
@@ -194,16 +196,6 @@ def records_swept(
 
 
 # Results
-
-
-def read(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A cell, if it is there; ValueError for one of other flags."""
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    if found['flags'] != flags:
-        raise ValueError(f'{path}: is of a run with {found["flags"]}, not {flags}')
-    return found
 
 
 def chosen(of: Sequence[float], validation_Kn: Array, test_Kn: Array) -> dict[str, Any]:

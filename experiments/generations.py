@@ -7,6 +7,7 @@ A row has a `question` or a `prompt` and `candidates` with `text`, and one way t
 Letters: B questions, N candidates, K values of n.
 """
 
+import collections
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +22,15 @@ Array = np.ndarray
 
 
 class Bench(NamedTuple):
-    """Questions with candidates, which of these are right, and their answers to vote with."""
+    """Questions with candidates, which of these are right, and their answers to vote with.
+
+    `why` says of each candidate that was run why it is not right, '' where it is.
+    """
 
     records: list[Preference]
     gold: list[Array]
     votes: list[list[Hashable]] | None
+    why: list[list[str]] | None = None
 
 
 # Files
@@ -40,11 +45,13 @@ def load(name: str, *, questions: int | None = None, **code: Any) -> Bench:
     if not rows:
         raise DataError(f'{name}: found no rows')
     records = [record(row, where) for where, row in rows]
-    gold = ran(rows, **code) if code and is_code(rows[0][1]) else marked(rows)
+    gold, why = ran(rows, **code) if code and is_code(rows[0][1]) else (marked(rows), None)
     compare(name, rows, gold)
+    if why is not None:
+        common.console.print(f'{name}: programs that failed, by their end: {ends(why)}')
     votes = [[vote(row, x) for x in row['candidates']] for _, row in rows]
     known = any(v is not None for each in votes for v in each)
-    return Bench(records, gold, votes if known else None)
+    return Bench(records, gold, votes if known else None, why)
 
 
 def record(row: Row, where: str) -> Preference:
@@ -106,15 +113,21 @@ def program(row: Row, text: str) -> str:
     return sandbox.humaneval(row['prompt'], text, row['test'], row['entry_point'])
 
 
-def ran(rows: Sequence[tuple[str, Row]], **options: Any) -> list[Array]:
-    """The same by running all candidates; options of sandbox.run_all."""
+def ran(rows: Sequence[tuple[str, Row]], **options: Any) -> tuple[list[Array], list[list[str]]]:
+    """The same by running all candidates, and why each failed; options of sandbox.run_all."""
     if bad := [where for where, row in rows if not is_code(row)]:
         raise DataError(f'{bad[0]}: found no tests, expected test and entry_point, or test_list')
     programs = [program(row, x['text']) for _, row in rows for x in row['candidates']]
-    found = sandbox.run_all(programs, **options)
-    passed = np.array([outcome.passed for outcome in found], float)
-    sizes = [len(row['candidates']) for _, row in rows]
-    return np.split(passed, np.cumsum(sizes)[:-1])
+    found = iter(sandbox.run_all(programs, **options))
+    each = [[next(found) for _ in row['candidates']] for _, row in rows]
+    gold = [np.array([outcome.passed for outcome in outcomes], float) for outcomes in each]
+    return gold, [[outcome.why for outcome in outcomes] for outcomes in each]
+
+
+def ends(why: Sequence[Sequence[str]]) -> dict[str, int]:
+    """How many programs failed in which way, the most frequent first."""
+    kinds = collections.Counter(x.partition(':')[0] for each in why for x in each if x)
+    return dict(kinds.most_common())
 
 
 # Curves

@@ -105,7 +105,7 @@ def effects(c: Config, w: World, variant: str, eta: float) -> Any:
     """A hook that keeps what the step after the present one is going to do, and its list."""
     s, source, steps = w.start, shifted.stream(c, w.start, w.sets), len(w.start.pairs[0])
     given = {'objective': train.preference(s.rm.score), 'spread': meta.spread(s.rm.score)}
-    given |= shifted.VARIANTS[variant]
+    given |= {'dtype': s.rm.backbone.dtype, **shifted.VARIANTS[variant]}
     adam, descent = shifted.optimiser(c, steps), optax.sgd(1e-2)
 
     @jax.jit

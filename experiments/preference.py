@@ -74,6 +74,7 @@ def main(c: Config) -> None:
     )
     common.console.print(f'train: {encoded.report}\ntest: {test.report}')
     records = [test_set.records[i] for i in test.tokens.record]
+    start = devices.economical(c, start, encoded.tokens, mesh)
     objective = objective_of(c, start.rm)
     frozen = sharding.place(start.frozen, mesh)
     held_out = functools.partial(

@@ -36,6 +36,7 @@ def main(c: Config) -> None:
     start = common.start(c, common.texts(pairs[:4000]), mesh=mesh, seed=c.seed)
     encoded = tokens.encode(pairs, start.like.tokenizer, max_length=c.max_length)
     common.console.print(str(encoded.report))
+    start = devices.economical(c, start, encoded.tokens, mesh)
     objective = train.preference(start.rm.score)
     learned = common.run(
         c, start.trainable, start.frozen, encoded.tokens, objective,

@@ -54,6 +54,7 @@ def main(c: Config) -> None:
     common.console.print(f'train: {encoded.report}\ntest: {test.report}')
     mean_J = means(encoded.tokens.rating, names)
     frozen = sharding.place(start.frozen, mesh)
+    start = devices.economical(c, start, encoded.tokens, mesh)
     learned = common.run(
         c, start.trainable, frozen, encoded.tokens, train.regression(start.rm.score),
         mesh=mesh, width=start.like.config.D,

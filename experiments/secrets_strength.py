@@ -43,26 +43,32 @@ class Config(labelling.Config):
 # An ensemble
 
 
+def known(x: float) -> float | None:
+    """None for NaN, which no JSON has: where no label is wrong, none can be found."""
+    return None if np.isnan(x) else x
+
+
 def seed_cell(own_En: Array, turned_n: Array, test_En: Array, test_turned_n: Array) -> dict:
     """What one seed's ensemble is worth."""
     gap_En = labelling.labelled(own_En, turned_n)
     mean_n, std_n = strength.strength(gap_En)
+    scaled_n = strength.strength(gap_En, scaled=True).mean_n
     test_n = strength.strength(labelling.labelled(test_En, test_turned_n)).mean_n
     within_n = np.clip(mean_n, EDGES[0], EDGES[-1])
     counts = [np.histogram(within_n[at], EDGES)[0].tolist() for at in (~turned_n, turned_n)]
     agrees = strength.agreement(test_n, ~test_turned_n, 16)
     return {
         'below 0': float((mean_n < 0).mean()),
-        'auroc': strength.auroc(-mean_n, turned_n),
-        'members': [strength.auroc(-gap_n, turned_n) for gap_n in gap_En],
-        'scaled': strength.auroc(-strength.strength(gap_En, scaled=True).mean_n, turned_n),
+        'auroc': known(strength.auroc(-mean_n, turned_n)),
+        'members': [known(strength.auroc(-gap_n, turned_n)) for gap_n in gap_En],
+        'scaled': known(strength.auroc(-scaled_n, turned_n)),
         'wrong by decile': labelling.rounded(
             [turned_n[i].mean() for i in strength.bins(mean_n, 10)]
         ),
         'std by bin': labelling.rounded([std_n[i].mean() for i in strength.bins(mean_n, 20)]),
         'histogram': counts,
         'agreement': [labelling.rounded(agrees.mean_b), labelling.rounded(agrees.share_b)],
-        'spearman': agrees.spearman,
+        'spearman': known(agrees.spearman),
         'ensemble accuracy': float((test_En.mean(0) > 0).mean()),
         'member accuracy': float((test_En > 0).mean()),
     }
@@ -142,20 +148,22 @@ def prompts(of: tokens.Tokens) -> Sequence[Array]:
 # Tables
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and interval over seeds; nothing where no label is wrong, so that none can be found."""
-    return '' if np.isnan(values).any() else str(over_seeds(np.array(values)))
+def spread(values: Sequence[Any]) -> str:
+    """Mean and interval over seeds, of lists over their means; nothing where one is not known."""
+    x_S = np.array(values, float).reshape(len(values), -1).mean(1)
+    return '' if np.isnan(x_S).any() else str(over_seeds(x_S))
 
 
 def table(c: Config) -> None:
     """Everything that there is."""
-    rows, by_decile, agrees = {}, {}, {}
+    rows, by_decile, agrees, apart = {}, {}, {}, {}
     for cell in c.cells:
         if not (found := stored.read(c.results / f'{cell}.json', stored.flags(c))):
             continue
         each = {k: [x[k] for x in found['seeds']] for k in found['seeds'][0]}
         rows[cell] = [
-            spread(each['auroc']), spread(np.mean(each['members'], 1)), spread(each['below 0']),
+            spread(each['auroc']), spread(each['members']), spread(each['scaled']),
+            spread(each['below 0']),
             f'{np.mean([x[0] for x in found["fit"]]):.3f} of {found["fit"][0][1]:.3f}',
             spread(each['spearman']), spread(each['member accuracy']),
             spread(each['ensemble accuracy']),
@@ -163,12 +171,14 @@ def table(c: Config) -> None:
         by_decile[cell] = [f'{x:.2f}' for x in np.mean(each['wrong by decile'], 0)]
         share_b = np.mean([x[1] for x in each['agreement']], 0)
         agrees[cell] = [f'{x:.2f}' for x in share_b[BINS]]
+        apart[cell] = [f'{x:.2f}' for x in np.mean(each['std by bin'], 0)]
         pictures(c, cell, each)
-    columns = ['AUROC', 'one member', 'below 0', 'own labels, limit', 'Spearman', 'gold accuracy',
-               'of the ensemble']  # fmt: skip
+    columns = ['AUROC', 'one member', 'scaled members', 'below 0', 'own labels, limit', 'Spearman',
+               'gold accuracy', 'of the ensemble']  # fmt: skip
     common.table('wrong labels found', rows, columns, paste=True)
     common.table('wrong by decile', by_decile, list(map(str, range(10))), paste=True)
     common.table('held-out labels right, of 16 bins', agrees, list(map(str, BINS)), paste=True)
+    common.table('std over members, of 20 bins', apart, list(map(str, range(20))), paste=True)
     if found := stored.read(c.results / 'deciles.json', stored.flags(c)):
         rows = {
             k: [f'{np.mean(x):.3f}' for x in found[k]] for k in ('strength', 'flipped', 'shuffled')
@@ -181,12 +191,13 @@ def table(c: Config) -> None:
 
 
 def pictures(c: Config, cell: str, each: dict[str, list]) -> None:
-    """The histogram and the agreement curve of an ensemble's cell."""
+    """Of an ensemble's cell: the histogram; by strength agreement, and how far members differ."""
     right, wrong = np.sum(each['histogram'], 0)
     groups = {'right labels': right, 'wrong labels': wrong}
     strength_report.histogram(groups, EDGES, c.results / f'strength-{cell}.png')
     mean_Sb, share_Sb = np.array(each['agreement']).swapaxes(0, 1)
-    strength_report.agreement(mean_Sb, share_Sb, c.results / f'agreement-{cell}.png')
+    path, std_Sk = c.results / f'agreement-{cell}.png', np.array(each['std by bin'])
+    strength_report.agreement(mean_Sb, share_Sb, path, std_Sk=std_Sk)
 
 
 def main(c: Config) -> None:

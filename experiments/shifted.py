@@ -149,8 +149,10 @@ def learn(
     tx, objective = optimiser(c, steps), train.preference(s.rm.score)
     take: train.Step = members.step
     if not plain:
-        spread = meta.spread(s.rm.score)
-        take = functools.partial(members.step, one=step, spread=spread, **VARIANTS[variant])
+        options = {'spread': meta.spread(s.rm.score), 'dtype': s.rm.backbone.dtype}
+        take = functools.partial(members.step, one=step, **options, **VARIANTS[variant])
+        if variant != 'joint':  # which has no inner step
+            hooks = [*hooks, (1, meta.check_moved)]
     D = s.rm.backbone.config.D
     made = [
         {'backbone': s.backbone, 'head': s.rm.init_head(jax.random.key(seed), D)}

@@ -117,12 +117,15 @@ def save(
 ) -> None:
     """Writes pairs and the scores of their (better, worse) answers, as .jsonl or .jsonl.gz.
 
-    Raises DataError, before anything is written, for a record that lists of utterances cannot
-    hold: turns of user and assistant one after the other, and text.
+    `strength.sides` makes these scores of an ensemble's. The layout has no place for id, group,
+    margins, ratings and smoothing of a record: they are not written. Raises DataError, before
+    anything is written, for a record that lists of utterances cannot hold (turns of user and
+    assistant one after the other, and text, without tools), and for scores and labels that `load`
+    would refuse or of which strength means nothing: of no member, in half precision, NaN.
     """
-    path, gap_En = Path(path), score_En2[..., 0].astype(np.float64) - score_En2[..., 1]
-    if score_En2.shape[1:] != (len(made), 2):
-        raise DataError(f'scores: found {score_En2.shape}, expected [members, {len(made)}, 2]')
+    path = Path(path)
+    _check(len(made), score_En2, judge_n)
+    gap_En = score_En2[..., 0].astype(np.float64) - score_En2[..., 1]
     mean_n, std_n = gap_En.mean(0), gap_En.std(0)  # of the population
     rows = []
     for i, record in enumerate(made):
@@ -136,6 +139,25 @@ def save(
     part.replace(path)
 
 
+def _check(n: int, score_En2: np.ndarray, judge_n: Sequence[int] | None) -> None:
+    """DataError for scores and labels that are not those of n pairs."""
+    if score_En2.shape[1:] != (n, 2) or not score_En2.size:
+        raise DataError(f'scores: found {list(score_En2.shape)}, expected [members, {n}, 2]')
+    if score_En2.dtype not in (np.float32, np.float64):
+        raise DataError(f'scores: found {score_En2.dtype}, expected float32')
+    if (bad := np.argwhere(~np.isfinite(score_En2))).size:
+        e, i, m = bad[0]
+        found = f'{score_En2[e, i, m]} of member {e} ({PAIR[m]})'
+        raise DataError(f'record {i}: scores: found {found}, expected a finite number')
+    if judge_n is None:
+        return
+    if len(judge_n) != n:
+        raise DataError(f'{JUDGE}: found {len(judge_n)}, expected {n}, one of each record')
+    for i, judge in enumerate(judge_n):
+        if judge not in (1, 0, -1):
+            raise DataError(f'record {i}: {JUDGE}: found {judge}, expected 1, 0 or -1')
+
+
 def _utterances(record: Preference, where: str) -> dict[str, list[str]]:
     turns, ranks = record.messages, record.ranks or ()
     if sorted(ranks) != [0, 1]:
@@ -143,6 +165,10 @@ def _utterances(record: Preference, where: str) -> dict[str, list[str]]:
     answers = [answer for answer in record.responses if isinstance(answer, str)]
     if isinstance(turns, str | records.Ids) or len(answers) < 2:
         raise DataError(f'{where}: found {kind(turns)}, expected messages and answers of text')
+    if record.tools:
+        raise DataError(f'{where}: found {len(record.tools)} tools, expected none')
+    if not turns:
+        raise DataError(f'{where}: found no messages, expected a prompt')
     roles = [turn['role'] for turn in turns]
     if roles != [('user', 'assistant')[i % 2] for i in range(len(roles))][::-1]:
         raise DataError(f'{where}: found the roles {roles}, expected user and assistant by turns')

@@ -1,13 +1,17 @@
-"""What of a generated text is the answer: a number, or a program. Rules of DogeRM's evaluation.
+"""What of a generated text is the answer: a number, or a program.
 
-(arXiv 2407.01470, by its released code; a program that an earlier problem's fence would cut there
-is taken whole here.)
+`number`, and of `code` the fence "```python" and the stops, are rules of DogeRM's evaluation
+(arXiv 2407.01470, by its released code). Ours are: other tags of fences, a program taken whole
+that an earlier problem's fence would cut there, and what counts as a number in `gold`.
 """
 
+import math
 import re
 
 NUMBER = re.compile(r'-?(?:\d[\d,]*\.?\d*|\.\d+)')
 PHRASE = 'The answer is'
+FENCE = re.compile(r'```(?:[ \t]*[\w+-]+[ \t]*(?=\n))?')  # with its tag, if it has one
+PYTHON = re.compile(r'```[ \t]*(?:python3?|py)\b', re.IGNORECASE)
 # Where the harness that runs MBPP ends a program.
 STOPS = ('\nclass', '\nassert', '\n"""', '\nprint', '\nif', '\n<|/', '\n```')
 
@@ -35,7 +39,7 @@ def gold(solution: str) -> float:
     """The number behind '#### ' of a GSM8K solution; ValueError without one."""
     _, mark, tail = solution.rpartition('####')
     found = _value(tail.strip()) if mark else None
-    if found is None:
+    if found is None or not math.isfinite(found):
         raise ValueError(f"solution: found {solution[-40:]!r}, expected one ending in '#### n'")
     return found
 
@@ -46,11 +50,11 @@ def same(found: float | None, expected: float) -> bool:
 
 
 def code(text: str) -> str:
-    """The program in a reply: behind the first fence, if there is one, up to the first stop."""
-    for fence in ('```python', '```'):
-        _, mark, tail = text.partition(fence)
-        if mark:
-            text = tail
-            break
+    """The program in a reply: behind a fence, if there is one, up to the first stop.
+
+    The first fence of Python, else the first.
+    """
+    if fence := PYTHON.search(text) or FENCE.search(text):
+        text = text[fence.end() :]
     ends = [at for at in map(text.find, STOPS) if at >= 0]
     return text[: min(ends, default=len(text))]

@@ -1,24 +1,22 @@
-"""Auto-J's pairwise test set: rows to records, scores to accuracies by group of scenarios.
+"""Auto-J's pairwise test set: rows to records in groups of scenarios.
 
     bench = autoj.load('testdata_pairwise.jsonl')  # wrong rows are named here
-    result = autoj.evaluate(bench, scorer.score_records(bench.records))
-    for name, accuracy, pairs in autoj.table(result): ...
+    scores = scorer.score_records(bench.records)
 
 The file of GAIR-NLP/auto-j (arXiv 2310.05470) has 1392 rows, 24 of each of 58 scenarios; 373 are
 ties. Groups of scenarios are those of DogeRM's evaluation (arXiv 2407.01470): of the 1019 pairs
-only 32 are mathematics, where one pair is worth 3 points.
+only 32 are mathematics, where one pair is worth 3 points. A pair is right where the better response
+has the higher score; equal scores are not.
 """
 
-from collections.abc import Iterable, Sequence
+import collections
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from jaxrm import data, intervals, statistics
+from jaxrm import data
 from jaxrm.data import DataError, Preference
 from jaxrm.files import Row
-from jaxrm.intervals import Interval
 from jaxrm.records import fail, text
 
 GROUPS = {
@@ -44,20 +42,9 @@ class Bench(NamedTuple):
     ties: int
 
 
-class Result(NamedTuple):
-    """Accuracy by group, each pair 1 where the better response has the higher score, and 0 else.
-
-    `equal` counts pairs whose scores are equal, which are not right.
-    """
-
-    accuracy: dict[str, Interval]  # of groups that there are, and 'All'
-    pairs: dict[str, int]
-    equal: int
-
-
-def load(path: str | Path) -> Bench:
-    """The pairs of a file; raises DataError naming its line."""
-    return bench(data.read(path))
+def load(path: str | Path, *, split: str | None = None) -> Bench:
+    """The pairs of a file or hub data set; raises DataError naming its line."""
+    return bench(data.read(path, split=split))
 
 
 def bench(rows: Iterable[tuple[str, Row]]) -> Bench:
@@ -97,31 +84,11 @@ def _text(row: Row, name: str, where: str) -> str:
     return text(row[name], where, name)
 
 
-def evaluate(bench: Bench, scores: Sequence[np.ndarray]) -> Result:
-    """The result of scores [2] of every record, better response first; ValueError for others."""
-    if len(scores) != len(bench.records):
-        raise ValueError(f'scores: found {len(scores)}, expected {len(bench.records)}')
-    for where, score_M in zip(bench.where, scores, strict=True):
-        if np.shape(score_M) != (2,) or not np.isfinite(score_M).all():
-            raise ValueError(f'{where}: found scores {score_M}, expected two numbers')
-    found = statistics.pairs([(0, 1)] * len(scores), scores)
-    group_n = np.array([record.group for record in bench.records])
-    prompt_n = np.array([str(record.messages) for record in bench.records])
-    accuracy, pairs = {}, {}
-    for name in (*GROUPS, OTHER, 'All'):
-        at = np.flatnonzero((group_n == name) | (name == 'All'))
-        if len(at):
-            of_prompt = prompt_n[at].tolist()
-            accuracy[name] = intervals.interval(found.accuracy[at], prompts=of_prompt)
-            pairs[name] = len(at)
-    return Result(accuracy, pairs, int(found.ties.sum()))
-
-
-def table(result: Result) -> list[tuple[str, Interval, int]]:
-    """(group, accuracy, pairs) to print; a group that is not the published one says so."""
-    whole = {**WHOLE, 'All': sum(WHOLE.values())}
-    rows = []
-    for name, accuracy in result.accuracy.items():
-        n = result.pairs[name]
-        rows.append((name if n == whole[name] else f'{name} (partial)', accuracy, n))
-    return rows
+def describe(bench: Bench) -> str:
+    """How many pairs, of how many there are in the published file where that is not all."""
+    found = collections.Counter(str(record.group) for record in bench.records)
+    counts = ', '.join(
+        f'{name} {found[name]}' + (f' of {n} (partial)' if found[name] != n else '')
+        for name, n in WHOLE.items()
+    )
+    return f'{len(bench.records)} pairs ({counts}), {bench.ties} ties left out'

@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 from transformers import GenerationConfig
 
-from jaxrm import backbones, bundle, hf, hf_config, hf_heads, lora, peft, processes, tree
+from jaxrm import backbones, bundle, fused, hf, hf_config, hf_heads, lora, peft, processes, tree
 from jaxrm.backbones.layers import Config
 from jaxrm.regress import Scale
 
@@ -207,6 +207,7 @@ def export(
     whole or not at all. Raises ValueError for a folder in the way, for arrays that do not fit, and
     for a reward model without a pad id of its own.
     """
+    params = fused.split(params)
     head = params.get('head', {})
     head_kind = head_kind or hf_heads.chosen(head, like.head_kind, like.objectives)
     if head_kind not in hf.HEADS:

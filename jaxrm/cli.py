@@ -17,6 +17,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from jaxrm import plan_asked
+
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
@@ -76,9 +78,10 @@ def score(
         overwrite: Replace an existing output file.
     """
     from jaxrm import data as records
-    from jaxrm import processes
+    from jaxrm import processes, programs
 
     processes.join(os.environ)
+    programs.keep(os.environ)
     processes.alone(lambda: _check_output(output, overwrite))
     rows = list(records.read(data, split=split))
     loaded = records.preferences(rows, layout=layout, chat=chat, source=data)
@@ -101,8 +104,9 @@ class Reading:
     """Which columns to read, where a file has those of several layouts."""
     chat: bool = False
     """Treat plain strings as a user and an assistant turn."""
-    rules: Literal['rewardbench', 'rewardbench-2'] | None = None
-    """Read a benchmark's own columns, and also score by its published rules."""
+    rules: Literal['rewardbench', 'rewardbench-2', 'autoj'] | None = None
+    """Read a benchmark's own columns, and also score by its published rules; of Auto-J's pairs
+    ties are left out, and rows are code, mathematics and the rest."""
     extra_subsets: tuple[str, ...] = ()
     """Subsets that may be there though they are not of the benchmark."""
     legacy: bool = False
@@ -141,9 +145,10 @@ def evaluate(
         pictures: Draw them; needs matplotlib.
         overwrite: Replace the folder of an earlier evaluation.
     """
-    from jaxrm import checkpoint, hf, processes, report, results
+    from jaxrm import checkpoint, hf, processes, programs, report, results
 
     processes.join(os.environ)
+    programs.keep(os.environ)
     processes.alone(lambda: hf.check_free(output.resolve(), overwrite, [results.RESULTS]))
     if pictures:
         report.check()
@@ -169,8 +174,8 @@ def evaluate(
 
 
 def merge(
-    recipe: Path,
-    output: str | None = None,
+    recipe: Annotated[Path, tyro.conf.arg(metavar='RECIPE')],
+    output: Annotated[str | None, tyro.conf.arg(metavar='[OUTPUT]')] = None,
     /,
     *,
     check: bool = False,
@@ -193,13 +198,15 @@ def merge(
     """
     from rich.progress import Progress
 
-    from jaxrm import merge_files, merge_plan
+    from jaxrm import hf, merge_files, merge_plan
 
     limit = merge_files.shard_size(max_shard_size)
     if output is None and not check:
         raise ValueError('output: found nothing, expected a folder to write, or --check')
     plan = merge_plan.prepare(recipe)
     if output is not None:
+        for line in hf.tidy(output):
+            print(line, file=sys.stderr)
         merge_files.check_target(plan, output, overwrite=overwrite)
     if output is not None and not check:
         console = Console(stderr=True)
@@ -215,6 +222,25 @@ def merge(
             )
     said = '\n'.join(merge_files.describe(plan, limit))
     print(said, file=sys.stdout if check else sys.stderr)
+
+
+def plan(asked: Annotated[plan_asked.Asked, tyro.conf.OmitArgPrefixes]) -> None:
+    """Say whether a run fits a machine, what it takes, and how fast it can be at the best.
+
+    Nothing runs and no weights are read. Prints bytes by kind, what chips send, the least time of
+    a step and what limits it, and the largest step that fits.
+    """
+    from jaxrm import plan_confirm, plan_report, plan_wanted
+
+    wanted, hf = plan_wanted.read(asked)
+    if asked.compile:
+        plan_confirm.check(wanted.machine)
+    found, run = plan_wanted.made(asked, wanted)
+    if asked.compile:
+        measured = plan_confirm.confirm(run, hf, asked.cache, os.environ)
+        found = plan_report.compiled(found, measured)
+    text = json.dumps(found, indent=1) if asked.json else '\n'.join(plan_report.lines(found))
+    print(text)
 
 
 def _scored(
@@ -329,7 +355,7 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
 
 def main() -> None:
     """Entry point: wrong input ends with status 2 and one line."""
-    verbs: dict[str, Any] = {'score': score, 'evaluate': evaluate, 'merge': merge}
+    verbs: dict[str, Any] = {'score': score, 'evaluate': evaluate, 'merge': merge, 'plan': plan}
     try:
         tyro.extras.subcommand_cli_from_dict(verbs, prog='jaxrm')
     except (ValueError, OSError) as error:

@@ -1,13 +1,17 @@
 """Tensors of Hugging Face folders: their names, their leaves in the parameter tree, their files."""
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,9 +28,10 @@ from jaxrm.hf_heads import HEADS as HEADS
 from jaxrm.hf_heads import SCALAR, Sizes
 
 CONFIG, ADAPTER = 'config.json', 'adapter_config.json'
-DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+DTYPES = {name: dtype.name for name, dtype in shards.DTYPES.items()}
 COMPUTED = re.compile(r'rotary_emb\.inv_freq$')  # stored by old releases, follows from the config
 LAYER = '{}'
+DAY = 86_400.0  # seconds
 
 
 class Slot(NamedTuple):
@@ -256,8 +261,9 @@ def whole(
 ) -> Iterator[Path]:
     """A folder that takes the place of `path` when the block ends, and is gone if it fails.
 
-    It lies beside `path`; to a remote one (gs://...) the files are copied at the end, those of
-    `holds` last. A folder in the way is an error unless `overwrite` and it has one of them.
+    It lies beside `path`, where `tidy` finds what killed processes have left; to a remote one
+    (gs://...) the files are copied at the end, those of `holds` last. A folder in the way is an
+    error unless `overwrite` and it has one of them.
     """
     if '://' in str(path):
         check_free(epath.Path(path), overwrite, holds)
@@ -266,14 +272,71 @@ def whole(
             _upload(epath.Path(folder), epath.Path(path), holds)
         return
     target = Path(path).resolve()
+    tidy(target)
     check_free(target, overwrite, holds)
-    part = target.with_name(f'.{target.name}.{uuid.uuid4().hex}')
+    part = target.with_name(f'.{target.name}.{_host()}{uuid.uuid4().hex}')
     part.mkdir(parents=True)
     try:
-        yield part
-        _replace(part, target)
+        with _held(part):
+            yield part
+            _replace(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Locked, so that others see that it is being written; the lock goes with this process."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def tidy(path: str | os.PathLike) -> list[str]:
+    """Puts right what killed writers of a folder have left beside it, and says what, a line each.
+
+    An old folder that had been put aside comes back, and what was half written goes.
+    """
+    if '://' in str(path):
+        return []
+    target, lines = Path(path).resolve(), []
+    pattern = re.compile(re.escape(f'.{target.name}.') + r'[0-9a-f]{40}(\.old)?')
+    beside = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
+    left = [x for x in beside if pattern.fullmatch(x.name) and _abandoned(x)]
+    for folder in left:
+        if folder.suffix == '.old' and not target.exists():
+            folder.rename(target)
+            lines.append(f'{target}: put back from {folder.name}, where a killed run had left it')
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            lines.append(f'{folder}: removed, as a killed run had left it')
+    return lines
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody writes it: its writer was of this machine and is gone, or it is a day old."""
+    part = folder.with_name(folder.name.removesuffix('.old'))
+    try:
+        age, number = time.time() - part.stat().st_mtime, os.open(part, os.O_RDONLY)
+    except FileNotFoundError:  # of the old one and the new one, only the old one is there
+        return part != folder
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return age > DAY
+    finally:
+        os.close(number)
+    return age > DAY or part.suffix.startswith(f'.{_host()}')
+
+
+def _host() -> str:
+    return f'{zlib.crc32(platform.node().encode()):08x}'
 
 
 def _upload(folder: epath.Path, target: epath.Path, holds: Sequence[str]) -> None:
@@ -287,13 +350,15 @@ def _upload(folder: epath.Path, target: epath.Path, holds: Sequence[str]) -> Non
 
 
 def _replace(part: Path, target: Path) -> None:
-    old = part.with_suffix('.old')
+    """In two steps: a process that dies between them leaves the old one for `tidy`."""
+    old = part.with_name(f'{part.name}.old')
     if target.exists():
         target.rename(old)
     try:
         part.rename(target)
     except OSError:
-        old.rename(target)
+        if old.exists():
+            old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -303,6 +368,8 @@ def check_free(target: Path | epath.Path, overwrite: bool, holds: Sequence[str])
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise ValueError(f'{target}: exists, expected no such folder, or overwrite=True')
+        raise ValueError(
+            f'{target}: exists, expected no such folder, or overwrite=True (--overwrite)'
+        )
     if not any((target / name).is_file() for name in holds):
         raise ValueError(f'{target}: overwrite replaces what holds {holds[0]}, and this does not')

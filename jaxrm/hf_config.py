@@ -72,17 +72,20 @@ def check_against(
         raise ValueError(f'{where}: pad_token_id is {pad!r}, expected an id below {config.V}')
 
 
-def make(like: Any, head: str, sizes: hf_heads.Sizes, dtype: np.dtype) -> Any:
+def make(
+    like: Any, head: str, sizes: hf_heads.Sizes, dtype: np.dtype, *, own_pad: bool = True
+) -> Any:
     """The config object of transformers: the source's keys under what is known here.
 
-    `like` is a checkpoint.Pretrained, `sizes` are those of its head.
+    `like` is a checkpoint.Pretrained, `sizes` are those of its head. A reward model's pad token has
+    to be no end of text if `own_pad`.
     """
     kept = {k: v for k, v in like.hf_config.items() if k not in REPLACED and not k.startswith('_')}
     ends = {k: getattr(like.tokenizer, k, None) for k in ('bos_token_id', 'eos_token_id')}
     values = {**ends, **kept, **backbones.family(like.model_type).config_to_hf(like.config)}
     if head != 'lm_head':
         names = like.objectives if head in hf_heads.PROBLEMS else ()
-        values |= {**hf_heads.labels(head, names), 'pad_token_id': _pad_id(like, values)}
+        values |= {**hf_heads.labels(head, names), 'pad_token_id': _pad_id(like, values, own_pad)}
     if head == 'gated':
         values |= hf_heads.gating_keys(sizes, like.temperature)
     bundle.check_vocabulary('tokenizer', like.tokenizer, like.config)
@@ -106,18 +109,20 @@ def _architectures(like: Any, head: str, family: str) -> list[str]:
     return [f'{family}ForRewardModel']
 
 
-def _pad_id(like: Any, values: Mapping[str, Any]) -> int:
+def _pad_id(like: Any, values: Mapping[str, Any], own: bool) -> int:
     """The tokenizer's pad id, or without a tokenizer the config's.
 
-    transformers pools at the last token that is not pad, so it must be no other token's id.
+    transformers pools at the last token that is not pad, so it should be no other token's id.
     """
     pad, ends = values.get('pad_token_id'), values.get('eos_token_id')
     ends = ends if isinstance(ends, list) else [ends]
     if like.tokenizer is not None:
         pad, ends = like.tokenizer.pad_token_id, [*ends, like.tokenizer.eos_token_id]
-    if pad is None or pad in ends or not 0 <= pad < like.config.V:
+    if pad is None or (own and pad in ends) or not 0 <= pad < like.config.V:
+        known = sorted({end for end in ends if end is not None})
+        other = f' that is not an end of text ({known})' if own else ''
         raise ValueError(
-            f'pad_token_id: found {pad}, expected an id below {like.config.V} that is not an end '
-            f'of text ({ends}); set tokenizer.pad_token to a token of its own'
+            f'pad_token_id: found {pad}, expected an id below {like.config.V}{other}; set '
+            'tokenizer.pad_token to a token of its own'
         )
     return pad

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxrm.data import Answer, Preference, Prompt
+from jaxrm.files import kind
 from jaxrm.records import Ids
 
 TEMPLATE = """\
@@ -102,6 +103,25 @@ def check_template(template: str) -> None:
         raise ValueError(f'template: found fields {sorted(found)}, expected {sorted(FIELDS)}')
 
 
+def read_points(path: Path) -> Points:
+    """Capabilities of each group from a file of JSON, names or names with their definitions."""
+    try:
+        given = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path}: no JSON: {error}') from error
+    if not isinstance(given, dict):
+        raise ValueError(f'{path}: found {kind(given)}, expected an object of groups')
+    found = {}
+    for group, names in given.items():
+        flat = list(names.values()) if isinstance(names, dict) else names
+        if not isinstance(flat, list) or not all(isinstance(x, str) for x in flat):
+            raise ValueError(f'{path}: {group!r}: expected names, or names with their definitions')
+        found[group] = names if isinstance(names, dict) else dict.fromkeys(names, '')
+        if len(found[group]) < len(names):
+            raise ValueError(f'{path}: {group!r}: found a name twice in {names}')
+    return found
+
+
 def everywhere(records: Iterable[Preference], names: Mapping[str, str]) -> Points:
     """The same capabilities for every group of the records."""
     return {record.group or '': names for record in records}
@@ -121,10 +141,10 @@ def comparisons(
     and m candidates there are k m (m - 1) questions. Raises ValueError, before the first of them,
     for a prompt that is `excluded` (those of a test set), and for a group that has no points.
     """
-    known = {_words(prompt) for prompt in excluded}
+    known = {words(prompt) for prompt in excluded}
     _check_points(points or {})
     for n, record in enumerate(records):
-        if _words(record.messages) in known:
+        if words(record.messages) in known:
             raise ValueError(f'record {n}: found an excluded prompt, which no judge is to see')
         if points is not None and not points.get(record.group or ''):
             expected = f'one of {sorted(points)} with at least one capability'
@@ -178,7 +198,7 @@ def _spoken(prompt: Prompt, query: Query) -> str:
     return '\n\n'.join(f'{m["role"].capitalize()}: {m["content"]}' for m in turns)
 
 
-def _words(prompt: Prompt) -> str:
+def words(prompt: Prompt) -> str:
     """The conversation, whatever its spaces."""
     return ' '.join(_spoken(prompt, 'conversation').split())
 

@@ -19,10 +19,14 @@ def init(backbone: tree.Tree, key: jax.Array, *, rank: int, targets: str = ALL_L
     """A float32 adapter tree: `a` uniform as in PEFT (Kaiming, a=sqrt(5)), `b` zero.
 
     `targets` is a regular expression searched in leaf names such as `layers/q/kernel`; `backbone`
-    may hold shapes only. Raises ValueError when nothing matches or rank < 1.
+    may hold shapes only. Raises ValueError when nothing matches, for rank < 1, and for a `fused`
+    backbone, whose linears are not all there.
     """
     if rank < 1:
         raise ValueError(f'rank: {rank}, expected at least 1')
+    for name in tree.flatten(backbone):
+        if re.search(r'/(qkv|kv|gate_up)/kernel$', name):
+            raise ValueError(f'backbone: found {name}, expected kernels as they are stored')
     leaves = {n: x for n, x in tree.flatten(backbone).items() if n.endswith('/kernel')}
     chosen = {n: x for n, x in leaves.items() if re.search(targets, n)}
     if not chosen:

@@ -8,110 +8,20 @@ is computed in float32 from inputs of any float dtype, and rounded once.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrm import merge_dense, merge_sparse, tree
+from jaxrm import tree
+from jaxrm.merge_methods import METHODS as METHODS
+from jaxrm.merge_methods import Parameter as Parameter
 
 Array = jax.Array | np.ndarray
 Value = Any  # a number; numbers to interpolate over the layers; (pattern, value) pairs
 STACK, TOP = re.compile('(^|/)layers/'), re.compile('(^|/)top/')
-
-
-class Parameter(NamedTuple):
-    """What a method can be told: one value an input if `each` (the base has none), else one.
-
-    Without a default (None) it has to be given. `kind` is float, int, bool, or the tuple of the
-    values that it may have; numbers are not below `least` nor above `most`.
-    """
-
-    default: float | int | bool | str | None = None
-    each: bool = False
-    kind: Any = float
-    least: float = -math.inf
-    most: float = math.inf
-
-
-class Method(NamedTuple):
-    """A row of METHODS; `base` is 'required', 'optional' or 'none' (refused).
-
-    `merge` is called with the inputs, the base, the result's dtype and all parameters; of a method
-    that is `random`, or may be, also with name, seed and masks.
-    """
-
-    merge: Callable[..., jax.Array]
-    parameters: Mapping[str, Parameter]
-    base: str = 'none'
-    least: int = 1  # inputs besides the base
-    most: int | None = None
-    random: bool = False
-
-
-WEIGHT = Parameter(each=True)
-RESCALE = (False, True, 'none', 'l1', 'inverse_density')  # False is 'none', True is 'l1'
-NO, YES = Parameter(False, kind=bool), Parameter(True, kind=bool)
-
-
-def _family(
-    drop: str | None, *, normalize: bool = False, rescale: bool = False, ties: bool = False
-) -> Method:
-    """Task arithmetic or one of its sparse kin, which take alike parameters."""
-    parameters = {
-        'weight': WEIGHT,
-        'density': Parameter(1.0, each=True, least=0, most=1),
-        'normalize': Parameter(normalize, kind=bool),
-        'rescale': Parameter(rescale, kind=RESCALE),
-        'lambda': Parameter(1.0),
-    }
-    if drop == 'extremes':
-        parameters['gamma'] = Parameter(0.01, each=True, least=0, most=1)
-    if drop == 'rank':
-        parameters['epsilon'] = Parameter(0.15, each=True, least=0, most=0.5)
-    if ties:
-        parameters['sign'] = Parameter('sum', kind=('sum', 'count'))
-
-    def merge(xs, base, dtype, **given):
-        scale = given.pop('lambda')
-        return merge_sparse.merge(xs, base, dtype, drop=drop, scale=scale, **given)
-
-    return Method(merge, parameters, 'required', random=True)
-
-
-METHODS: dict[str, Method] = {
-    'linear': Method(merge_dense.linear, {'weight': WEIGHT, 'normalize': YES}),
-    'warm': Method(merge_dense.average, {}),
-    'passthrough': Method(merge_dense.passthrough, {'scale': Parameter(1.0, each=True)}, most=1),
-    'slerp': Method(merge_dense.slerp, {'t': Parameter()}, 'required', most=1),
-    'nuslerp': Method(
-        merge_dense.nuslerp,
-        {'weight': WEIGHT, 'nuslerp_row_wise': NO, 'nuslerp_flatten': YES},
-        'optional',
-        least=2,
-        most=2,
-    ),
-    'multislerp': Method(
-        merge_dense.multislerp,
-        {'weight': WEIGHT, 'normalize_weights': YES, 'eps': Parameter(1e-8, least=0)},
-        'optional',
-    ),
-    'karcher': Method(
-        merge_dense.karcher,
-        {'max_iter': Parameter(10, kind=int, least=0), 'tol': Parameter(1e-5, least=0)},
-    ),
-    'model_stock': Method(merge_dense.model_stock, {'filter_wise': NO}, 'required', least=2),
-    'task_arithmetic': _family(None),
-    'ties': _family('smallest', normalize=True, ties=True),
-    'dare_linear': _family('chance', rescale=True),
-    'dare_ties': _family('chance', rescale=True, ties=True),
-    'breadcrumbs': _family('extremes'),
-    'breadcrumbs_ties': _family('extremes', ties=True),
-    'della': _family('rank', normalize=True, rescale=True, ties=True),
-    'della_linear': _family('rank', rescale=True),
-}
 
 
 # One array
@@ -142,7 +52,7 @@ def array(
         raise ValueError(f'merge method: found {method!r}, expected one of {sorted(METHODS)}')
     where, rule = name or method, METHODS[method]
     _check_inputs(where, method, inputs, base)
-    given = _parameters(where, method, parameters, len(inputs))
+    given = complete(method, parameters, len(inputs), where)
     everyone = [*inputs, *(() if base is None else (base,))]
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in everyone):
         return _same(where, everyone)
@@ -172,8 +82,17 @@ def _check_inputs(where: str, method: str, inputs: Sequence[Array], base: Array 
         raise ValueError(f'{where}: found shapes {shapes}, expected one')
 
 
-def _parameters(where: str, method: str, given: Mapping[str, Any], n: int) -> dict[str, Any]:
+def complete(method: str, given: Mapping[str, Any], n: int, where: str) -> dict[str, Any]:
     """All parameters of a method; raises ValueError for those that are not as METHODS says."""
+    found = _parameters(where, method, given, n)
+    try:
+        METHODS[method].check(**found)
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from error
+    return found
+
+
+def _parameters(where: str, method: str, given: Mapping[str, Any], n: int) -> dict[str, Any]:
     known = METHODS[method].parameters
     if odd := given.keys() - known:
         expected = f'of {sorted(known)}' if known else 'none'

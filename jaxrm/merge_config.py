@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrm import merge, places
+from jaxrm import merge, places, shards
 from jaxrm.places import Node
 
 KEYS = (
@@ -16,7 +16,7 @@ KEYS = (
     'tokenizer', 'tokenizer_source', 'chat_template', 'reward_head', 'lm_head', 'on_mismatch',
     'name',
 )  # fmt: skip
-DTYPES = ('float32', 'bfloat16', 'float16')
+DTYPES = sorted(dtype.name for dtype in shards.DTYPES.values())
 IGNORED = {'int8_mask'}  # memory for speed, in mergekit
 
 # {parameter: (part of a name, values along the layers), ...}; '' is part of every name.
@@ -200,14 +200,10 @@ def _head(found: Mapping[str, Node], models: Sequence[str]) -> str | None:
     if len(keys) != 1:
         raise ValueError(f'{node.where}: found {sorted(keys)}, expected source or average')
     if 'source' in keys:
-        return _one_model(keys['source'], models)
+        return places.one_of(keys['source'], models)
     if not places.flag(keys['average']):
         raise places.wrong(keys['average'], 'true')
     return ''
-
-
-def _one_model(node: Node, models: Sequence[str]) -> str:
-    return places.one_of(node, models)
 
 
 # The vocabulary
@@ -246,7 +242,7 @@ def _token(node: Node, models: Sequence[str]) -> dict[str, Any]:
         return out
     source = keys['source']
     if isinstance(source.value, str):
-        return {**out, 'source': _one_model(source, models)}
+        return {**out, 'source': places.one_of(source, models)}
     inner = places.fields(source, ('kind', 'model', 'token', 'token_id'), ['kind'])
     kind = places.one_of(inner['kind'], ('zero', 'model_token'))
     if kind == 'zero':
@@ -260,7 +256,7 @@ def _token(node: Node, models: Sequence[str]) -> dict[str, Any]:
         if 'token' in named
         else {'token_id': places.count(named['token_id'])}
     )
-    model = _one_model(named['model'], models)
+    model = places.one_of(named['model'], models)
     return {**out, 'source': {'kind': kind, 'model': model, **which}}
 
 

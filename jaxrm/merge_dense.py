@@ -103,11 +103,16 @@ def _spread(coefficient: np.ndarray, axis: int | None, ndim: int) -> list[np.nda
 # Sums
 
 
+def check_sum(weight: Sequence[float], normalize: bool) -> None:
+    """Raises ValueError for weights that are divided by their sum, and have none."""
+    if normalize and abs(sum(weight)) < TINY:
+        found = list(weight)
+        raise ValueError(f'weight: found {found}, which add up to 0, expected not, as normalized')
+
+
 def linear(xs, base, dtype, *, weight, normalize) -> jax.Array:
     """sum_i w_i x_i, over sum_i w_i if `normalize`."""
     total = sum(weight)
-    if normalize and abs(total) < TINY:
-        raise ValueError(f'weight: found {weight}, which add up to 0, expected not, as normalize')
     return combined(xs, None, [w / total if normalize else w for w in weight], dtype)
 
 

@@ -44,11 +44,11 @@ def check_target(plan: Merge, path: str | os.PathLike, *, overwrite: bool = Fals
         raise ValueError(f'{path}: {there} is not a folder that can be written to')
     free = shutil.disk_usage(there).free
     if free < plan.bytes:
-        raise ValueError(f'{path}: needs {size(plan.bytes)}, found {size(free)} free')
+        raise ValueError(f'{path}: needs {readable(plan.bytes)}, found {readable(free)} free')
     return None
 
 
-def size(count: int) -> str:
+def readable(count: int) -> str:
     """Bytes for people."""
     unit = next((u for u in ('TB', 'GB', 'MB', 'KB') if count >= UNITS[u]), 'B')
     return f'{count / UNITS[unit]:.3g} {unit}' if unit != 'B' else f'{count} bytes'
@@ -76,7 +76,7 @@ def write(
         return x
 
     like, kind = plan.like, str(plan.like.head_kind)
-    config = hf_config.make(like, kind, plan.sizes, plan.dtypes[EMBEDDING])
+    config = hf_config.make(like, kind, plan.sizes, plan.dtypes[EMBEDDING], own_pad=False)
     with hf.whole(path, overwrite, [hf.CONFIG]) as folder:
         shards.write(folder, plan.tensors, value, limit=max_shard_bytes)
         checkpoint.write_beside(folder, like, config, kind, {'merge': plan.recipe.text})
@@ -94,16 +94,21 @@ def tensor(plan: Merge, step: Step, seed: int = 0) -> np.ndarray:
     """A tensor of the output."""
     found = functools.partial(_input, plan, _tables(plan, step))
     slot = plan.slots[step.name]
-    x = merge.array(
-        step.method,
-        [found(x) for x in step.inputs],
-        base=found(step.base) if step.base else None,
-        name=merge.layer_name(slot.leaf, slot.layer, plan.like.config.L),
-        seed=seed,
-        dtype=plan.recipe.dtype or plan.dtypes[step.name],
-        **step.parameters,
-    )
-    return hf.cast(step.name, np.asarray(x), plan.dtypes[step.name])
+    try:
+        x = merge.array(
+            step.method,
+            [found(x) for x in step.inputs],
+            base=found(step.base) if step.base else None,
+            name=merge.layer_name(slot.leaf, slot.layer, plan.like.config.L),
+            seed=seed,
+            dtype=plan.recipe.dtype or plan.dtypes[step.name],
+            **step.parameters,
+        )
+        return hf.cast(plan.recipe.method, np.asarray(x), plan.dtypes[step.name])
+    except ValueError as error:
+        for source in inputs(step):  # one that is not finite is named itself
+            hf.cast(_where(plan, source), *_as_stored(plan, source))
+        raise ValueError(f'{plan.recipe.path}: {step.name}: {error}') from error
 
 
 def _tables(plan: Merge, step: Step) -> list[np.ndarray]:
@@ -129,9 +134,19 @@ def _input(plan: Merge, tables: list[np.ndarray], x: Input) -> np.ndarray:
 
 def _read(plan: Merge, x: Input) -> np.ndarray:
     """As the recipe's dtype, in which the arithmetic begins."""
-    found = shards.read(plan.models[x.model].entries[x.tensor])
+    found, _ = _as_stored(plan, x)
     said = plan.recipe.dtype
-    return found if said is None else hf.cast(x.tensor, found, np.dtype(said))
+    return found if said is None else hf.cast(_where(plan, x), found, np.dtype(said))
+
+
+def _as_stored(plan: Merge, x: Input) -> tuple[np.ndarray, np.dtype]:
+    found = shards.read(plan.models[x.model].entries[x.tensor])
+    return found, found.dtype
+
+
+def _where(plan: Merge, x: Input) -> str:
+    model = plan.models[x.model]
+    return f'{model.name}: {model.entries[x.tensor].file}: {x.tensor}'
 
 
 # What is said before
@@ -149,7 +164,7 @@ def describe(plan: Merge, max_shard_bytes: int = 5 * 10**9) -> list[str]:
         *_left_out(plan),
         *plan.notes,
         f'written: {config.L} layers, {config.V} rows of the vocabulary, {", ".join(dtypes)}, '
-        f'{size(plan.bytes)} in {len(parts)} file{"s" if len(parts) > 1 else ""}',
+        f'{readable(plan.bytes)} in {len(parts)} file{"s" if len(parts) > 1 else ""}',
     ]
 
 

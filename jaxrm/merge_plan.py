@@ -29,6 +29,7 @@ from jaxrm.merge_steps import EMBEDDING, LAYER, Input, Step
 
 LM_HEAD = 'lm_head.weight'
 TABLES = (EMBEDDING, LM_HEAD)  # these have a row a token
+SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 COPY, AVERAGE = 'passthrough', 'warm'  # methods for heads
 NO_REWARDS = {'lm_head': 'a language model', 'categories': 'categories'}
 
@@ -91,10 +92,14 @@ def prepare(path: str | os.PathLike) -> Merge:
     steps = merge_steps.steps(recipe, depths, [name for name in slots if name not in heads])
     steps += [_head_step(name, recipe, models) for name in slots if name in heads]
     named = {step.name: _untied(step, models) for step in steps}
-    _check_tensors(recipe, models, slots, named.values())
+    _check_tensors(recipe, models, slots, named.values(), first)
+    for step in named.values():
+        merge.complete(
+            step.method, step.parameters, len(step.inputs), f'{recipe.path}: {step.name}'
+        )
     dtypes = {name: _dtype(recipe, models, step) for name, step in named.items()}
-    hf_config.make(like, str(kind), sizes, dtypes[EMBEDDING])  # says what is wrong with the pad id
-    notes += notes_of_rows
+    notes += [*notes_of_rows, *_notes_of_pad(recipe, models[first], like, dtypes[EMBEDDING])]
+    notes += _unused(recipe, [step for name, step in named.items() if name not in heads])
     return Merge(recipe, models, like, sizes, slots, named, dtypes, heads, rows, tuple(notes))
 
 
@@ -239,7 +244,51 @@ def _vocabulary(
         tokenizer = vocabulary.tokenizer(plan, tokenizers, like=first)
         config = dataclasses.replace(like.config, V=len(plan.tokens))
         like = dataclasses.replace(like, tokenizer=tokenizer, config=config)
+        if plan.first != first:
+            like = _renumbered(like, models[plan.first].like)
     return plan, notes, _templated(recipe, models, like)
+
+
+def _renumbered(like: checkpoint.Pretrained, lead: checkpoint.Pretrained) -> checkpoint.Pretrained:
+    """With the ids of special tokens in the leading model's vocabulary, its tokenizer's."""
+
+    def found(settings: Mapping[str, Any], key: str) -> Any:
+        i, said = getattr(like.tokenizer, key), settings.get(key)
+        return said if isinstance(said, list) and i in said else i
+
+    def renumbered(own: Mapping[str, Any], leading: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: found(leading, k) if k in SPECIAL else v for k, v in own.items()}
+
+    generation = like.generation_config
+    if generation is not None:
+        generation = renumbered(generation, lead.generation_config or lead.hf_config)
+    return dataclasses.replace(
+        like,
+        hf_config=renumbered(like.hf_config, lead.hf_config),
+        generation_config=generation,
+    )
+
+
+def _notes_of_pad(
+    recipe: Recipe, model: Model, like: checkpoint.Pretrained, dtype: np.dtype
+) -> list[str]:
+    """What to know of the pad token of the model whose settings the output has.
+
+    Raises ValueError where a reward model has none.
+    """
+    kind = str(like.head_kind)
+    try:
+        made = hf_config.make(like, kind, model.sizes, dtype, own_pad=False)
+    except ValueError as error:
+        raise ValueError(f'{recipe.path}: {model.name}: {error}') from error
+    ends = [made.eos_token_id, getattr(like.tokenizer, 'eos_token_id', None)]
+    ends = [x for end in ends for x in (end if isinstance(end, list) else [end])]
+    if kind in NO_REWARDS or made.pad_token_id not in ends:
+        return []
+    return [
+        f'pad token: {made.pad_token_id}, an end of text, as in {model.name}: of texts that end in '
+        "it transformers' classifier reads the token before"
+    ]
 
 
 def _templated(
@@ -295,13 +344,17 @@ def _check_tensors(
     models: Sequence[Model],
     slots: Mapping[str, hf.Slot],
     steps: Iterable[Step],
+    first: int,
 ) -> None:
     """Raises ValueError unless all models have the output's tensors, and in its shapes."""
     heads = {name for m in models for name in hf_heads.of_head(m.like.head_kind, m.entries)}
     names = {LAYER.sub('*', name) for name in slots if name not in heads}
     for model in models:
         if odd := {LAYER.sub('*', n) for n in model.entries.keys() - heads} ^ names:
-            raise ValueError(f'{recipe.path}: {model.name}: {min(odd)} only here or in the others')
+            lacks = min(odd) in names
+            which = f'found {"no " if lacks else ""}{min(odd)}, which {models[first].name}'
+            has = 'has' if lacks else 'does not have'
+            raise ValueError(f'{recipe.path}: {model.name}: {which} {has}')
     for step in steps:
         for i, tensor in inputs(step):
             found, want = models[i].entries[tensor].shape, slots[step.name].on_disk
@@ -309,6 +362,19 @@ def _check_tensors(
             if found[rows:] != want[rows:]:
                 where = f'{recipe.path}: {models[i].name}: {tensor}'
                 raise ValueError(f'{where}: found shape {list(found)}, expected {list(want)}')
+
+
+def _unused(recipe: Recipe, steps: Sequence[Step]) -> list[str]:
+    """Notes on filters that no tensor's name has, such as misspelt ones."""
+    names = {step.name for step in steps} | {x.tensor for step in steps for x in inputs(step)}
+    sources = [source.settings for piece in recipe.slices for source in piece.sources]
+    levels = [*sources, *(piece.settings for piece in recipe.slices), *recipe.settings]
+    said = [(key, part) for level in levels for key, parts in level.items() for part, _ in parts]
+    unused = [(key, part) for key, part in said if not any(part in name for name in names)]
+    return [
+        f'filter {part!r} of {key}: is part of the name of no tensor that is merged'
+        for key, part in dict.fromkeys(unused)
+    ]
 
 
 def inputs(step: Step) -> list[Input]:

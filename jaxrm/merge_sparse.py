@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxrm.merge_dense import TINY, Array, host, in_float32, moved
 
-Number = jax.Array
 u32 = functools.partial(jnp.asarray, dtype=jnp.uint32)
 RULES: dict[Any, str] = {False: 'none', True: 'l1'}
 
@@ -44,8 +43,6 @@ def merge(
     `scale` is lambda. Of n entries `density` keeps int(density n); all at 1 and none at 0.
     """
     more: Sequence[float] = gamma or epsilon or [0.0] * len(xs)
-    if drop == 'rank':
-        _check_epsilon(density, more)
     kept = [
         _kept(x, base, drop, p, q, _key(seed, name, i))
         for i, (x, p, q) in enumerate(zip(xs, density, more, strict=True))
@@ -62,7 +59,8 @@ def merge(
     return _added(xs, base, kept, factor, *numbers, dtype=dtype, sign=sign, normalize=normalize)
 
 
-def _check_epsilon(density: Sequence[float], epsilon: Sequence[float]) -> None:
+def check_epsilon(density: Sequence[float], epsilon: Sequence[float]) -> None:
+    """Raises ValueError where a chance of keeping an entry would not be between 0 and 1."""
     for p, q in zip(density, epsilon, strict=True):
         if 0 < p < 1 and not 0 < p - q <= p + q < 1:
             raise ValueError(

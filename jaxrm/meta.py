@@ -63,11 +63,11 @@ def step(
     objective: train.Objective,
     tx: optax.GradientTransformation,
     spread: train.Objective,
+    dtype: Any,
     eta: float = 5e-6,
     inner: str = 'sgd',
     apply_to: str = 'theta',
     order: str = 'first',
-    dtype: Any = jnp.float32,
     after: bool = False,
     microbatches: int = 1,
 ) -> tuple[train.State, train.Metrics]:
@@ -80,8 +80,10 @@ def step(
 
     Beside what `train.step` says: `spread` is J at theta, `cosine` that of the gradients of loss
     and J, `inner_step` |theta' - theta| / |theta|, `inner_unmoved` the share of the elements with a
-    gradient of J that theta' leaves as they were once cast to `dtype`, that of compute. With
-    `after`, which costs a forward pass, `spread_after` is J at theta'.
+    gradient of J that theta' leaves as they were once cast to `dtype`: the one that the model
+    computes in, such as `rm.backbone.dtype`. With `after`, which costs a forward pass of the sets,
+    `spread_after` is J at theta'; `effect` measures the whole step. At the published eta, 5e-6, an
+    `inner_step` can be so small that the step is a plain one but for rounding: choose eta by it.
     """
     _check(inner, apply_to, order)
     pack, sets = batch
@@ -150,8 +152,12 @@ def _moved(theta: tree.Tree, ahead: tree.Tree, slope: tree.Tree, dtype: Any) -> 
 def check_moved(done: int, state: Any, metrics: train.Metrics) -> None:
     """A hook: ValueError where the inner step left over 99 % of what it was to move as it was.
 
-    The step is then a plain one at a higher price: eta is below what the numbers can hold.
+    The step is then a plain one at a higher price: eta is below what the numbers can hold. Steps
+    without an inner step, such as `joint`, have nothing to check: ValueError, too.
     """
+    if 'inner_unmoved' not in metrics:
+        found = f'step {done}: found no inner_unmoved in {sorted(metrics)}'
+        raise ValueError(f'{found}, expected a step that has an inner step, which joint has not')
     share_E = np.atleast_1d(metrics['inner_unmoved'])
     share = max(share_E[~np.isnan(share_E)], default=0.0)  # a member that takes no part has NaN
     if share > 0.99:

@@ -10,6 +10,7 @@ import yaml
 
 DEPTH = 100  # of lists and mappings in one another
 MOST = 100_000  # values, those that an alias repeats counted again
+MERGE = 'tag:yaml.org,2002:merge'  # the key <<
 _FLOAT = re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+')  # YAML 1.1 wants 1.0e-5, people write 1e-5
 
 
@@ -34,7 +35,8 @@ def read(path: Path) -> Node:
     try:
         documents = list(yaml.compose_all(text, yaml.SafeLoader))
         if len(documents) != 1:
-            raise ValueError(f'{path}: found {len(documents)} YAML documents, expected 1')
+            hint = ', a file for each stage' if len(documents) > 1 else ''
+            raise ValueError(f'{path}: found {len(documents)} YAML documents, expected 1{hint}')
         found = _node(documents[0], str(path), '', iter(range(MOST)))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -56,15 +58,24 @@ def _node(node: yaml.Node, path: str, name: str, left: Iterator[int], depth: int
     if not isinstance(node, yaml.MappingNode):
         return Node(where, _scalar(node, where))
     out: dict[str, Node] = {}
+    more: list[yaml.Node] = []
     for key, value in node.value:
         line = f'{path}:{key.start_mark.line + 1}'
-        if not isinstance(key, yaml.ScalarNode) or key.tag == 'tag:yaml.org,2002:merge':
+        if not isinstance(key, yaml.ScalarNode):
             raise ValueError(f'{line}: {name or "recipe"}: found a key that is not plain text')
+        if key.tag == MERGE:
+            more += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            continue
         inside = f'{name}.{key.value}' if name else key.value
         if key.value in out:
             raise ValueError(f'{line}: {inside}: found again, expected each key once')
         made = _node(value, path, inside, left, depth + 1)
         out[key.value] = made._replace(where=f'{line}: {inside}')
+    for value in more:  # what stands here goes before it, and what is first before the rest
+        made = _node(value, path, name, left, depth + 1)
+        if not isinstance(made.value, dict):
+            raise wrong(made, 'a mapping behind <<')
+        out = made.value | out
     return Node(where, out)
 
 

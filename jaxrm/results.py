@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jaxrm import (
+    autoj,
     data,
     evaluate,
     intervals,
@@ -32,7 +33,7 @@ from jaxrm.intervals import Comparison
 from jaxrm.statistics import Summary
 
 RESULTS, EXAMPLES = 'results.json', 'examples.jsonl'
-RULES = {'rewardbench': 1, 'rewardbench-2': 2}
+RULES = {'rewardbench': 1, 'rewardbench-2': 2}  # and 'autoj', which has no scores of its own
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.parquet')
 UNIT = 'tokens'  # of lengths, those of the chat template around the answer included
 
@@ -84,7 +85,7 @@ def read(
     extra_subsets: Sequence[str] = (),
     legacy: bool = False,
 ) -> list[Set]:
-    """The records of files and hub data sets; `rules` is a key of RULES.
+    """The records of files and hub data sets; `rules` is a key of RULES, or 'autoj'.
 
     `legacy` takes RewardBench's weights of XSTest as first published.
 
@@ -102,6 +103,9 @@ def read(
         if rules is not None:
             if layout or chat:
                 raise ValueError(f'{rules}: reads its own columns, expected no --layout or --chat')
+            if rules == 'autoj':
+                sets.append(_autoj(name, source, split))
+                continue
             bench = _benchmark(name, source, split, rules, extra_subsets)
             sets.append(bench._replace(legacy=legacy))
             continue
@@ -123,6 +127,13 @@ def _benchmark(name: str, source: str, split: str | None, rules: str, extra: Seq
         raise DataError(f'{source}: found version {bench.version}, expected that of {rules!r}')
     mapping = f'RewardBench {bench.version} from {source}: {len(bench.records)} records'
     return Set(name, source, mapping, bench.records, bench.where, bench)
+
+
+def _autoj(name: str, source: str, split: str | None) -> Set:
+    """Pairs whose groups, Code, Math and Other, are rows of the table."""
+    bench = autoj.load(source, split=split)
+    mapping = f'Auto-J from {source}: {autoj.describe(bench)}'
+    return Set(name, source, mapping, bench.records, bench.where)
 
 
 def _check_order(records: Sequence[Preference], source: str) -> None:

@@ -33,7 +33,7 @@ def blend(backbone: tree.Tree, other: tree.Tree, share: Any) -> tree.Tree:
         a, b = (np.shape(x[name]) if name in x else None for x in (ours, theirs))
         if a != b:
             raise ValueError(f'blend: {name} is {a} here and {b} in the other, expected one shape')
-    layers = 1 + (len(backbone['layers']['q']['kernel']) if 'layers' in backbone else 0)
+    layers = 1 + (len(jax.tree.leaves(backbone['layers'])[0]) if 'layers' in backbone else 0)
     if np.shape(share) not in ((), (layers,)):
         raise ValueError(f'share: found the shape {np.shape(share)}, expected () or ({layers},)')
     return {'other': other, 'share': jnp.broadcast_to(jnp.asarray(share, jnp.float32), (layers,))}
@@ -133,7 +133,7 @@ class RewardModel:
         read, one = (zero[..., None].repeat(2, -1),), zero[..., None]
         pack = Pack(zero, zero, None, None, read, *(one,) * 3, one[..., None], *(zero,) * 3)
         # Attention has no parameters, and kernels do not take a row of one token.
-        backbone = self.backbone.clone(attention=attention.xla)
+        backbone = self.backbone.clone(attention=attention.xla, remat='none')
         return jax.jit(backbone.init)(key, pack)['params']
 
     def init_head(self, key: jax.Array, width: int) -> tree.Tree:

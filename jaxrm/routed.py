@@ -11,7 +11,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrm import evaluate, mixture, mixture_files, packing, scorer, shapes, sharding, tokens, tree
+from jaxrm import (
+    evaluate,
+    fused,
+    mixture,
+    mixture_files,
+    packing,
+    scorer,
+    shapes,
+    sharding,
+    tokens,
+    tree,
+)
 from jaxrm.backbones import attention
 from jaxrm.data import DataError, Preference
 from jaxrm.mixture_files import Plan
@@ -240,7 +251,7 @@ def load(
         model, params, base = mixture_files.load_inner(path, category, dtype=dtype, mesh=mesh)
         if _vocabulary(base.tokenizer, path) != vocabulary:
             raise ValueError(f"{path}: {category}: its tokenizer is not the router's")
-        placed = sharding.place(params, mesh)
+        placed = fused.place(params, mesh)
         pooling = (base.bundle or {}).get('pooling')
         functions: Any = model  # a Scorer needs a backbone and a score
         score = jax.jit(model.score)

@@ -1,57 +1,32 @@
 """Running code that a model wrote: in namespaces of its own, with limits, in a folder that goes.
 
-A program has no network and sees no process but its own; it can read what its user can, and write
-nothing but up to `disk` bytes in its working folder. Time, memory and processes are limited. This
-takes `unshare` of util-linux and a kernel that allows user namespaces; where they are not there,
-programs are refused unless `unsafe`, which keeps the limits and nothing else.
+A program sees no network, no process but its own, and no files but the system's and Python's, read
+only; it can write up to `disk` bytes in its working folder. It has no rights and no devices. Its
+time is limited, and of each of its processes, of which there are no more than 256, the memory: all
+of them together can take more than `memory`, which nothing here bounds.
+
+This keeps the machine safe, and not the result: tests run in the program's own interpreter, and
+one that sets out to deceive them can. It takes Linux from 5.12 on with namespaces for users, or
+root; where they are not there, programs are refused unless `unsafe`, which keeps the limits and
+nothing else: processes that a program has put into a session of their own outlive it there.
 """
 
 import contextlib
 import functools
 import os
 import secrets
-import shutil
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
-# As root of new namespaces: mounts become read-only, but for a fresh one at the working folder
-# and this namespace's own /proc; then once more into new ones, where none of it can be undone.
-PREPARE = """
-set -e
-mount --make-rprivate /
-mount -t tmpfs -o size=$2,mode=777 tmpfs "$1"
-while read -r _ _ _ _ point _; do
-  case $point in "$1" | /proc | /proc/*) continue ;; esac
-  mount -o remount,bind,ro "$point" || mount -t tmpfs -o ro none "$point"
-done </proc/self/mountinfo
-cd "$1"
-shift 2
-exec unshare -r -m "$@"
-"""
-# Limits, then the program from standard input; descriptor 3 hears how it ended.
-RUN = """
-import os, resource, sys
-report, token, memory, disk, seconds = (int(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:]))
-for name, most in (('AS', memory), ('DATA', memory), ('FSIZE', disk), ('CPU', seconds),
-                   ('NOFILE', 64), ('NPROC', 256), ('CORE', 0)):
-    limit = getattr(resource, 'RLIMIT_' + name)
-    resource.setrlimit(limit, (most, most))
-source = sys.stdin.read()
-sys.argv, said = ['program'], ''
-try:
-    exec(compile(source, 'program', 'exec'), {'__name__': '__main__'})
-    said = token
-except BaseException as error:
-    said = f'{type(error).__name__}: {error}'[:300]
-finally:
-    os.write(report, said.encode(errors='replace'))
-    os._exit(0)
-"""
+CHILD = Path(__file__).with_name('sandbox_child.py')
+SET_UP = 60.0  # seconds, before the program's own time begins
 
 
 class Outcome(NamedTuple):
@@ -61,20 +36,29 @@ class Outcome(NamedTuple):
     why: str = ''
 
 
-@functools.cache
 def available() -> bool:
     """Whether programs can be kept apart here."""
-    if shutil.which('unshare') is None:
+    try:
+        _tried()
+    except OSError:
         return False
-    return _execute('', 20.0, 1 << 30, 1 << 20, unsafe=False).passed
+    return True
+
+
+@functools.cache
+def _tried() -> None:
+    """Raises OSError where they can not, and then is asked again the next time."""
+    outcome = _execute('', 20.0, 1 << 30, 1 << 20, unsafe=False)
+    if not outcome.passed:
+        raise OSError(outcome.why)
 
 
 def check(*, unsafe: bool = False) -> None:
     """Raises ValueError where programs cannot be kept apart, unless `unsafe`."""
     if not unsafe and not available():
         raise ValueError(
-            'sandbox: unshare cannot make namespaces here, so that programs would run with all '
-            'rights of this user; --unsafe runs them all the same'
+            'sandbox: namespaces cannot be made here, so that programs would run with all rights '
+            'of this user; --unsafe runs them all the same'
         )
 
 
@@ -88,8 +72,9 @@ def run(
 ) -> Outcome:
     """How a Python program, its tests included, ends; limits in seconds and bytes.
 
-    One that leaves early, whatever status it leaves with, has not passed. Raises ValueError where
-    it cannot be kept apart, unless `unsafe`.
+    Time runs from when the program begins. One that leaves early, whatever status it leaves with,
+    has not passed. Raises ValueError where it cannot be kept apart, unless `unsafe`, and OSError
+    where it could not be begun.
     """
     check(unsafe=unsafe)
     return _execute(program, timeout, memory, disk, unsafe)
@@ -103,43 +88,60 @@ def run_all(programs: Sequence[str], *, workers: int | None = None, **limits) ->
 
 
 def _execute(program: str, timeout: float, memory: int, disk: int, unsafe: bool) -> Outcome:
-    token = secrets.token_hex(16)
-    ours, theirs = os.pipe()
-    numbers = map(str, (memory, disk, max(int(timeout) + 1, 1)))
-    python = [sys.executable, '-I', '-S', '-c', RUN, str(theirs), token, *numbers]
-    try:
-        with tempfile.TemporaryDirectory(prefix='jaxrm-sandbox-') as folder:
-            apart = ['unshare', '-rnpmf', '--mount-proc', '--kill-child', 'sh', '-c', PREPARE]
-            command = python if unsafe else [*apart, 'sh', folder, str(disk), *python]
-            timed_out = _ends(command, program, folder, theirs, timeout)
+    source, word = program.encode(errors='surrogatepass'), secrets.token_hex(16).encode()
+    with (
+        tempfile.TemporaryDirectory(prefix='jaxrm-sandbox-') as folder,
+        tempfile.TemporaryFile() as code,
+        _pipe() as (ours, theirs),
+    ):
+        code.write(source + word)
+        code.flush()
+        numbers = (theirs, code.fileno(), len(source), not unsafe, memory, disk)
+        command = [sys.executable, '-I', '-S', CHILD, *map(int, numbers), max(int(timeout), 1) + 1]
+        quiet = subprocess.DEVNULL
+        started = subprocess.Popen(
+            [*map(str, command)], stdin=quiet, stdout=quiet, stderr=quiet, cwd=folder,
+            pass_fds=[theirs, code.fileno()], start_new_session=True,
+            env={'PATH': os.defpath, 'HOME': folder if unsafe else '/tmp'},
+        )  # fmt: skip
         os.close(theirs)
-        theirs = -1
-        said = os.read(ours, 4096).decode(errors='replace')
-    finally:
-        for end in (ours, theirs):
-            if end >= 0:
-                os.close(end)
-    if timed_out:
+        try:
+            said = _heard(ours, timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+    if said is None:
         return Outcome(False, f'ran for more than {timeout:g} s')
-    return Outcome(said == token, '' if said == token else said or 'ended before its tests did')
+    why = '' if said == word else said.decode(errors='replace') or 'ended before its tests did'
+    return Outcome(said == word, why)
 
 
-def _ends(command: list[str], program: str, folder: str, report: int, timeout: float) -> bool:
-    """Whether the time ran out; no process of the program is left."""
-    quiet = subprocess.DEVNULL
-    started = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, pass_fds=[report],
-        cwd=folder, env={'PATH': os.defpath, 'HOME': folder}, start_new_session=True,
-    )  # fmt: skip
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    """Its two ends, of which the second is the caller's to close."""
+    ours, theirs = os.pipe()
     try:
-        started.communicate(program.encode(errors='surrogatepass'), timeout=timeout)
-        return False
-    except subprocess.TimeoutExpired:
-        return True
+        yield ours, theirs
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
+        os.close(ours)
+
+
+def _heard(report: int, timeout: float) -> bytes | None:
+    """What is said of the program's end, b'' where it says nothing; None when the time is out.
+
+    Raises OSError where it has not begun.
+    """
+    start = _read(report, SET_UP)
+    if start is None or not start.startswith(b'+'):
+        why = (start or b'').removeprefix(b'!').decode(errors='replace')
+        raise OSError(f'sandbox: the program has not begun: {why or "nothing was heard of it"}')
+    return start[1:] or _read(report, timeout)
+
+
+def _read(report: int, seconds: float) -> bytes | None:
+    ready, _, _ = select.select([report], [], [], seconds)
+    return os.read(report, 4096) if ready else None
 
 
 def humaneval(prompt: str, completion: str, test: str, entry_point: str) -> str:

@@ -17,6 +17,7 @@ from jaxrm import (
     checkpoint,
     data,
     evaluate,
+    fused,
     heads,
     marker,
     packing,
@@ -326,7 +327,7 @@ def load(
     params = found.params
     if adapter:
         params['lora'] = adapter.lora
-    params, score = sharding.place(params, mesh), jax.jit(model.score)
+    params, score = fused.place(params, mesh), jax.jit(model.score)
     pooling = (found.bundle or {}).get('pooling')
     return Scorer(
         model,

@@ -29,9 +29,13 @@ LEAVES = (
     (r'norm/scale$', ('whole',)),
     (r'/(q|k|v)/kernel$', ('width', 'heads')),
     (r'/(q|k|v)/bias$', ('heads',)),
+    (r'/(qkv|kv)/kernel$', ('width', 'heads', 'whole')),  # of `fused`: a part a device
+    (r'/(qkv|kv)/bias$', ('heads', 'whole')),
     (r'/o/kernel$', ('heads', 'width')),
     (r'/(gate|up)/kernel$', ('width', 'ffw')),
     (r'/(gate|up)/bias$', ('ffw',)),
+    (r'/gate_up/kernel$', ('width', 'ffw', 'whole')),
+    (r'/gate_up/bias$', ('ffw', 'whole')),
     (r'/down/kernel$', ('ffw', 'width')),
     (r'/(o|down)/bias$', ('whole',)),
     (r'/(q|k|v|gate|up)/a$', ('width', 'whole')),
@@ -162,3 +166,8 @@ def looked_up(x_PND: jax.Array) -> jax.Array:
 def data_parallel(mesh: Mesh) -> int:
     """Into how many parts a batch is split: P must be a multiple of it."""
     return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def tensor_parallel(mesh: Mesh) -> int:
+    """Among how many devices the heads of a layer are shared out."""
+    return mesh.shape['tensor']

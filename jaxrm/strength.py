@@ -36,10 +36,22 @@ def gaps(score_Ec: Array, tokens: Tokens) -> Array:
     Raises ValueError for records that are not an ordered pair, and for scores in half precision:
     what is to be found are small differences of large scores.
     """
+    score_En2 = sides(score_Ec, tokens).astype(np.float64)
+    return score_En2[..., 0] - score_En2[..., 1]
+
+
+def sides(score_Ec: Array, tokens: Tokens) -> Array:
+    """[E, n, 2] scores of each pair's better and worse answer, as `annotations.save` wants them.
+
+    Raises ValueError as `gaps` does.
+    """
     if score_Ec.dtype not in (np.float32, np.float64):
         raise ValueError(f'scores: found {score_Ec.dtype}, expected float32')
+    if score_Ec.shape[1:] != tokens.rank.shape:
+        shape = f'[members, {len(tokens.rank)}]'
+        raise ValueError(f'scores: found {list(score_Ec.shape)}, expected {shape}')
     better_n = _better(tokens)
-    return score_Ec[:, better_n].astype(np.float64) - score_Ec[:, better_n ^ 1]
+    return np.stack([score_Ec[:, better_n], score_Ec[:, better_n ^ 1]], axis=-1)
 
 
 def _better(tokens: Tokens) -> Array:
@@ -57,16 +69,36 @@ def strength(gap_En: Array, *, scaled: bool = False) -> Strength:
     """Mean and population deviation over the members.
 
     A member whose scores are larger weighs more; `scaled` divides each one's differences by their
-    root mean square first.
+    root mean square first. Raises ValueError for what is no number, and then for a member that
+    scores all answers alike.
     """
-    gap_En = np.asarray(gap_En, np.float64)
+    gap_En = _numbers('differences', gap_En, 'members', 'pairs')
     if scaled:
-        gap_En = gap_En / np.sqrt(np.square(gap_En).mean(1, keepdims=True))
+        size_E1 = np.sqrt(np.square(gap_En).mean(1, keepdims=True))
+        if (flat := np.flatnonzero(size_E1 == 0)).size:
+            raise ValueError(f'member {flat[0]}: found no difference but 0, expected some')
+        gap_En = gap_En / size_E1
     return Strength(gap_En.mean(0), gap_En.std(0))
+
+
+def _numbers(name: str, x: Any, *axes: str) -> Array:
+    """float64; ValueError for another number of axes, an empty one, and what is not finite."""
+    x = np.asarray(x, np.float64)
+    if x.ndim != len(axes) or not x.size:
+        raise ValueError(f'{name}: found {list(x.shape)}, expected [{", ".join(axes)}]')
+    if (bad := np.argwhere(~np.isfinite(x))).size:
+        raise ValueError(f'{name} {bad[0].tolist()}: found {x[*bad[0]]}, expected a finite number')
+    return x
+
+
+def _within(name: str, value: float, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f'{name}: found {value}, expected {expected}')
 
 
 def lowest(mean_n: Array, share: float) -> Array:
     """[n] bool, the share of pairs of least strength; of equal ones the first."""
+    _within('share', share, 0 <= share <= 1, 'from 0 to 1')
     out = np.zeros(len(mean_n), bool)
     out[np.argsort(mean_n, kind='stable')[: round(share * len(mean_n))]] = True
     return out
@@ -95,6 +127,12 @@ def without(tokens: Tokens, where_n: Array) -> Tokens:
 
 def out_of_fold(gap_KEn: Array, fold_n: Array) -> Array:
     """[E, n] of each pair by the members that learned without its fold."""
+    K, n = gap_KEn.shape[0], gap_KEn.shape[-1]
+    if gap_KEn.ndim != 3 or fold_n.shape != (n,):
+        found = f'{list(gap_KEn.shape)} and {list(fold_n.shape)}'
+        raise ValueError(f'differences and folds: found {found}, expected [K, E, n] and [n]')
+    if (bad := np.flatnonzero((fold_n < 0) | (fold_n >= K))).size:
+        raise ValueError(f'fold of pair {bad[0]}: found {fold_n[bad[0]]}, expected 0 to {K - 1}')
     return np.ascontiguousarray(gap_KEn[fold_n, :, np.arange(len(fold_n))].T)
 
 
@@ -114,8 +152,11 @@ def fit(mean_n: Array, noise: float) -> Fit:
 
     Members that know better than their labels agree with 1 - noise of them, but for chance (three
     standard errors); with more, they have learned wrong labels by heart, and what is below 0 says
-    little about the others. Short training or `out_of_fold` helps.
+    little about the others. Short training or `out_of_fold` helps. Raises ValueError for no
+    pairs, for what is no number, and for a noise that is not from 0 to below 0.5.
     """
+    mean_n = _numbers('strength', mean_n, 'pairs')
+    _within('noise', noise, 0 <= noise < 0.5, 'from 0 to below 0.5')
     slack = 3 * math.sqrt(noise * (1 - noise) / len(mean_n))
     return Fit(float((mean_n > 0).mean()), 1 - noise + slack)
 
@@ -157,8 +198,18 @@ def repair(
 
     The margin is `scale` times the strength within +-`clip`, of a swapped pair the negated one:
     it belongs to the new order. Soft labels are `alpha`, or with a temperature 1 - sigmoid(mean /
-    temperature), by default of pairs below 0; a swapped pair has none.
+    temperature), by default of pairs below 0; a swapped pair has none. Raises ValueError for
+    options out of their ranges, and for arrays of another length.
     """
+    mean_n = _numbers('strength', mean_n, 'pairs')
+    _within('alpha', alpha, 0 <= alpha <= 1, 'from 0 to 1')
+    _within('clip', clip, clip > 0, 'above 0')
+    _within('scale', scale, 0 <= scale < math.inf, 'from 0 on')
+    if temperature is not None:
+        _within('temperature', temperature, 0 < temperature < math.inf, 'above 0')
+    for name, x_n in (('swap_n', swap_n), ('keep_n', keep_n), ('soft_n', soft_n)):
+        if x_n is not None and x_n.shape != mean_n.shape:
+            raise ValueError(f'{name}: found {list(x_n.shape)}, expected {list(mean_n.shape)}')
     none_n = np.zeros(len(mean_n), bool)
     swap_n = none_n if swap_n is None else swap_n
     soft_n = (mean_n < 0 if soft_n is None else soft_n) & ~swap_n
@@ -177,6 +228,7 @@ def repair(
 
 PARTS = ('flip', 'random flip', 'drop', 'soft label', 'margin')
 PUBLISHED = ('flip', 'margin', 'flip + margin', 'soft label + margin')
+CONTRARY = (('flip', 'drop'), ('flip', 'random flip'))  # the same pairs, or the control
 
 
 def recipe(
@@ -193,11 +245,15 @@ def recipe(
     """The recipe of this name: one of PARTS, or several joined by ' + ', as the PUBLISHED ones are.
 
     `share` of the pairs is flipped or dropped, those of least strength; as many random ones, drawn
-    by the seed, are what to compare with. The paper gives no share and no alpha.
+    by the seed, are what to compare with. The paper gives no share and no alpha. For a rule by sign
+    or threshold use `repair` itself: `repair(mean_n, swap_n=mean_n < tau)`, with `keep_n=mean_n >=
+    tau` to drop. Raises ValueError for parts that are unknown or CONTRARY, and as `repair` does.
     """
     parts = name.split(' + ')
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f'recipe: found {sorted(unknown)}, expected some of {PARTS}')
+    if any(set(pair) <= set(parts) for pair in CONTRARY):
+        raise ValueError(f'recipe: found {name!r}, expected no two of {CONTRARY}')
     low_n = lowest(mean_n, share)
     drawn_n = lowest(np.random.default_rng(seed).random(len(mean_n)), share)
     swap_n = (low_n & ('flip' in parts)) ^ (drawn_n & ('random flip' in parts))
@@ -217,8 +273,9 @@ def relabelled(tokens: Tokens, how: Repair) -> Tokens:
     """The same pairs with the repair's ranks, margins and smoothing, to learn from.
 
     A pair that is dropped is a tie: the packs stay as they are. Scores are compared without
-    margins, so sets to evaluate on are left alone.
+    margins, so sets to evaluate on are left alone. Raises ValueError for a repair of other pairs.
     """
+    _check_length(how, len(tokens.prompt))
     better_n = np.where(how.swap_n, _better(tokens) ^ 1, _better(tokens))
     rank_c, margin_c = np.ones(len(tokens.rank), np.int32), np.zeros(len(tokens.rank), np.float32)
     rank_c[better_n], margin_c[better_n] = 0, how.margin_n
@@ -226,11 +283,18 @@ def relabelled(tokens: Tokens, how: Repair) -> Tokens:
     return without(new, ~how.keep_n)
 
 
+def _check_length(how: Repair, n: int) -> None:
+    for name, x_n in how._asdict().items():
+        if x_n.shape != (n,):
+            raise ValueError(f'{name}: found {list(x_n.shape)}, expected [{n}], one of each pair')
+
+
 def repaired(records: Sequence[Preference], how: Repair) -> list[Preference]:
     """The records that are kept, the better answer first, with margin and smoothing.
 
-    Raises ValueError for a record that is not an ordered pair.
+    Raises ValueError for a record that is not an ordered pair, and for a repair of other pairs.
     """
+    _check_length(how, len(records))
     out = []
     rows = zip(records, how.swap_n, how.alpha_n, how.margin_n, how.keep_n, strict=True)
     for i, (record, swap, alpha, margin, keep) in enumerate(rows):
@@ -267,6 +331,7 @@ def auroc(score_n: Array, positive_n: Array) -> float:
 
 def bins(mean_n: Array, parts: int) -> list[Array]:
     """Indices of the pairs in `parts` groups of about equally many, by rising strength."""
+    _within('groups', parts, 1 <= parts <= len(mean_n), f'1 to {len(mean_n)}, the pairs')
     return np.array_split(np.argsort(mean_n, kind='stable'), parts)
 
 

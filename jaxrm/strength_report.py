@@ -39,9 +39,18 @@ def deciles(accuracy: Mapping[str, np.ndarray], path: Path) -> None:
     drawn.savefig(path, dpi=120)
 
 
-def agreement(mean_Sb: np.ndarray, share_Sb: np.ndarray, path: Path) -> None:
-    """How often other labels agree by strength, of S ensembles and in the mean."""
-    drawn, (axis,) = canvas(1)
+def agreement(
+    mean_Sb: np.ndarray, share_Sb: np.ndarray, path: Path, *, std_Sk: np.ndarray | None = None
+) -> None:
+    """How often other labels agree by strength, of S ensembles and in the mean.
+
+    Beside it how far the members differ, in groups of pairs by rising strength.
+    """
+    drawn, (axis, *more) = canvas(1 if std_Sk is None else 2)
+    if std_Sk is not None:
+        more[0].plot(std_Sk.T, '-', color=CHOSEN, alpha=0.3, linewidth=1)
+        more[0].plot(std_Sk.mean(0), 'o-', color=CHOSEN, ms=4)
+        more[0].set(xlabel='group by rising strength', ylabel='std over members', ylim=(0, None))
     for mean_b, share_b in zip(mean_Sb, share_Sb, strict=True):
         axis.plot(mean_b, share_b, '-', color=CHOSEN, alpha=0.3, linewidth=1)
     axis.plot(mean_Sb.mean(0), share_Sb.mean(0), 'o-', color=CHOSEN, ms=4)

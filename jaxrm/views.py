@@ -5,14 +5,17 @@ where candidates share their prompt's tokens they also share the masks on it, an
 apart prompts, not responses.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrm import contrastive, losses, train, tree
+from jaxrm.backbones import attention
 from jaxrm.packing import Pack
 from jaxrm.reward import Features, RewardModel
 
@@ -43,13 +46,17 @@ def preference(
     `contrast` and `items` are functions of `contrastive`; the items are those of all packs of the
     batch, on however many devices, and their losses are averaged. Prototypes are the part
     'prototypes' of the parameters. With micro-batches an item has only those of its own part
-    against it. Raises ValueError without dropout: the views would be the same.
+    against it. The metric `shared` is the share of prompts that `check_unshared` refuses. Raises
+    ValueError without dropout, since the views would be the same, and where the part 'prototypes'
+    is there and `contrast` has no use for it, or the other way round.
     """
-    if not dropout > 0:
-        raise ValueError(f'dropout: found {dropout}, expected above 0, for two views to differ')
+    if not 0 < dropout < 1:
+        expected = 'above 0, for two views to differ, and below 1'
+        raise ValueError(f'dropout: found {dropout}, expected {expected}')
     options = {'center_rewards_coefficient': center_rewards_coefficient}
 
     def objective(params: tree.Tree, pack: Pack, key: jax.Array) -> tuple[jax.Array, train.Metrics]:
+        prototypes = _prototypes(params, contrast)
         z = two(rm, params, pack, key, dropout=dropout)
 
         def compared(z):
@@ -59,10 +66,11 @@ def preference(
         value_V, metrics_V = jax.vmap(compared)(z)
         rank_BM = pack.rank_PBM.reshape(-1, pack.rank_PBM.shape[-1])
         (s_nD, here_n), (t_nD, _) = (items(z_BMD, rank_BM) for z_BMD in z.answer_BMD)
-        loss_n = contrast(s_nD, t_nD, here_n, **_prototypes(params))
+        loss_n = contrast(s_nD, t_nD, here_n, **prototypes)
         found = {
             'rm_loss': value_V.mean(),
             'contrastive_loss': loss_n.sum() / jnp.maximum(here_n.sum(), 1),
+            'shared': _shared(pack),
         }
         value = found['rm_loss'] + beta * found['contrastive_loss']
         return value, _both(metrics_V) | found | contrastive.statistics(s_nD, t_nD, here_n)
@@ -79,11 +87,39 @@ def _both(metrics_V: train.Metrics) -> train.Metrics:
     }
 
 
+def _shared(pack: Pack) -> jax.Array:
+    """The share of prompts, of those with candidates, of which two read one closing token."""
+    if pack.slot is None:  # every row is a stream of its own
+        return jnp.float32(0)
+    here_PBM = pack.rank_PBM >= 0
+    closing_PR = jnp.concatenate(pack.read, axis=1)[..., 0]
+    closing_PBM = attention.take(closing_PR, pack.row_PBM)
+    same_PBMM = closing_PBM[..., None] == closing_PBM[..., None, :]
+    both_PBMM = here_PBM[..., None] & here_PBM[..., None, :]
+    other_MM = ~jnp.eye(here_PBM.shape[-1], dtype=bool)
+    shared_PB = (same_PBMM & both_PBMM & other_MM[None, None]).any((2, 3))
+    return shared_PB.sum() / jnp.maximum(here_PBM.any(2).sum(), 1)
+
+
+def check_unshared(done: int, state: Any, metrics: train.Metrics) -> None:
+    """A hook: ValueError where candidates share their prompt's tokens, and so the masks on them."""
+    share = np.max(np.asarray(metrics['shared']), initial=0.0, where=~np.isnan(metrics['shared']))
+    if share > 0:
+        found = f'found {share:.0%} of the prompts shared by several candidates'
+        raise ValueError(f'step {done}: packs: {found}, expected those of tokens.unshare')
+
+
 # Prototypes
 
 
-def _prototypes(params: tree.Tree) -> dict[str, jax.Array]:
-    return {'prototype_DK': params['prototypes']['kernel']} if 'prototypes' in params else {}
+def _prototypes(params: tree.Tree, contrast: Callable[..., jax.Array]) -> dict[str, jax.Array]:
+    """What `contrast` takes of the part 'prototypes'; ValueError where only one of them is."""
+    takes = 'prototype_DK' in inspect.signature(contrast).parameters
+    if takes != ('prototypes' in params):
+        found, expected = f'found {sorted(params)}', ('no such part', 'the part')[takes]
+        name = getattr(contrast, '__name__', contrast)
+        raise ValueError(f'prototypes: {found}, expected {expected}, for {name}')
+    return {'prototype_DK': params['prototypes']['kernel']} if takes else {}
 
 
 def init_prototypes(key: jax.Array, width: int, count: int) -> tree.Tree:
@@ -101,6 +137,8 @@ def on_sphere(
     """
 
     def project(updates, params):
+        if 'prototypes' not in updates:
+            raise ValueError(f'prototypes: found {sorted(updates)}, expected that part among them')
         move = lambda u, p: contrastive.unit(p + rate * u, axis=-2) - p  # noqa: E731
         moved = jax.tree.map(move, updates['prototypes'], params['prototypes'])
         return {**updates, 'prototypes': moved}

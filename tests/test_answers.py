@@ -30,8 +30,9 @@ def test_number(text):
 def test_right_answers():
     assert answers.gold('3 * 6 = <<3*6=18>>18\n#### 1,018') == 1018
     assert answers.gold('so\n#### -2.5') == -2.5
-    with pytest.raises(ValueError, match="expected one ending in '#### n'"):
-        answers.gold('the answer is 4')
+    for wrong in ('the answer is 4', '#### nan', 'so\n#### inf', '#### -Infinity', '####'):
+        with pytest.raises(ValueError, match="expected one ending in '#### n'"):
+            answers.gold(wrong)
     assert answers.same(18.0, 18)
     assert not answers.same(18.5, 18)
     assert not answers.same(None, 0)
@@ -42,6 +43,13 @@ CODE = {
     'Here:\n```python\ndef f(): pass\n```\nIt works.': '\ndef f(): pass',
     'Here:\n```\ndef f(): pass\n\nassert f()\n```': '\ndef f(): pass\n',
     '```\nold\n```\n```python\nnew\n```': '\nnew',
+    'So\n```py\nnew\n```': '\nnew',
+    '```Python\nnew\n```': '\nnew',
+    '``` python3\nnew\n```': '\nnew',
+    '```c\nold\n```\n```PY\nnew\n```': '\nnew',
+    '```c\nint x;\n```': '\nint x;',
+    '```x = 1\n```': 'x = 1',
+    '```python def f(): pass\n```': ' def f(): pass',
     'x = 1\nif x:\n    y = 2': 'x = 1',
     'x = "\\nclass"': 'x = "\\nclass"',
     'def f():\n    pass\nclass A: pass': 'def f():\n    pass',

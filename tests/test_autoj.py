@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxrm import autoj
+from jaxrm import autoj, results
 from jaxrm.data import DataError
 
 # scenario, label, and the scores of response 1 and 2
@@ -41,13 +41,6 @@ def written(folder, given):
     return path
 
 
-def scores(bench):
-    """By the texts, whatever their order."""
-    worth = {f'{who} {i}': x for i, row in enumerate(ROWS)
-             for who, x in zip(('one', 'two'), row[2:], strict=True)}  # fmt: skip
-    return [np.array([worth[text] for text in r.responses]) for r in bench.records]
-
-
 def test_rows_become_pairs_and_ties_go(tmp_path):
     bench = autoj.load(written(tmp_path, rows()))
     assert bench.ties == 2
@@ -70,13 +63,21 @@ def test_rows_become_pairs_and_ties_go(tmp_path):
 
 
 def test_accuracy_by_group(tmp_path):
-    bench = autoj.load(written(tmp_path, rows()))
-    found = autoj.evaluate(bench, scores(bench))
-    means = {name: x.mean for name, x in found.accuracy.items()}
-    assert means == pytest.approx({'Math': 1 / 2, 'Code': 1 / 2, 'Other': 2 / 3, 'All': 4 / 7})
-    assert found.equal == 1  # and it is not right
-    assert found.pairs == {'Math': 2, 'Code': 2, 'Other': 3, 'All': 7}
-    assert {name for name, _, _ in autoj.table(found)} == {f'{name} (partial)' for name in means}
+    """As of any set; equal scores are not right."""
+    (found,) = results.read([str(written(tmp_path, rows()))], rules='autoj')
+    assert found.mapping.endswith(
+        '7 pairs (Code 2 of 84 (partial), Math 2 of 32 (partial), Other 3 of 903 (partial)), '
+        '2 ties left out'
+    )
+    worth = {f'{who} {i}': x for i, row in enumerate(ROWS)
+             for who, x in zip(('one', 'two'), row[2:], strict=True)}  # fmt: skip
+    scores = [np.array([worth[text] for text in r.responses]) for r in found.records]
+    said = results.result(found, [np.array([3, 4])] * 7, scores).model
+    means = {name: x.accuracy.mean for name, x in said.subsets.items()}
+    assert means == pytest.approx({'Math': 1 / 2, 'Code': 1 / 2, 'Other': 2 / 3})
+    assert said.whole.accuracy.mean == pytest.approx(4 / 7)
+    with pytest.raises(ValueError, match='reads its own columns'):
+        results.read(['x.jsonl'], rules='autoj', chat=True)
 
 
 def test_the_published_file_is_known_by_its_counts():
@@ -86,11 +87,8 @@ def test_the_published_file_is_known_by_its_counts():
                     'response 1': 'a', 'response 2': 'b'})
         for scenario, n in places.items() for i in range(n)
     ]  # fmt: skip
-    bench = autoj.bench(given)
-    found = autoj.evaluate(bench, [np.array([1.0, 0.0])] * 1019)
-    assert [(name, n) for name, _, n in autoj.table(found)] == [
-        ('Code', 84), ('Math', 32), ('Other', 903), ('All', 1019)
-    ]  # fmt: skip
+    said = autoj.describe(autoj.bench(given))
+    assert said == '1019 pairs (Code 84, Math 32, Other 903), 0 ties left out'
 
 
 WRONG = {
@@ -123,12 +121,3 @@ def test_a_file_of_other_columns_is_refused(tmp_path):
     assert str(error.value).startswith(f'{path}:5: ')
     with pytest.raises(DataError, match='found no pair with a better response'):
         autoj.load(written(tmp_path, [row for row in rows() if row['label'] == 2]))
-
-
-def test_scores_have_to_be_there(tmp_path):
-    bench = autoj.load(written(tmp_path, rows()))
-    good = scores(bench)
-    with pytest.raises(ValueError, match='scores: found 6, expected 7'):
-        autoj.evaluate(bench, good[:-1])
-    with pytest.raises(ValueError, match=r'jsonl:4: found scores \[nan  0\.\], expected two'):
-        autoj.evaluate(bench, [*good[:3], np.array([np.nan, 0]), *good[4:]])

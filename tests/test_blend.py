@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
 from test_reward import RM, SHAPE, C, data, packed, parameters, shapes
 
 from jaxrm import reward, tree
+from jaxrm.backbones.layers import Linear
 
 SHARES = (0.0, 0.3, 0.7, 1.0)
 
@@ -69,6 +71,23 @@ def test_a_share_a_layer():
     expected = scored(mixed(share_L))
     np.testing.assert_allclose(blended(share_L), expected, rtol=0, atol=1e-5)
     assert np.abs(expected - blended(share_L[::-1])).max() > 1e-2
+
+
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def test_biases_and_small_floats(dtype):
+    """Every linear's bias is mixed, and kernels of 16 bits in float32, rounded once."""
+    linear = Linear(5, np.float32, bias=True)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3)).astype(np.float32)
+    a, b = (
+        {'kernel': rng.normal(size=(3, 5)).astype(dtype), 'bias': rng.normal(size=5).astype(dtype)}
+        for _ in range(2)
+    )
+    y = linear.apply({'params': a, 'blend': {**b, 'share': np.float32(0.3)}}, x)
+    w, c = (
+        0.7 * a[n].astype(np.float64) + 0.3 * b[n].astype(np.float64) for n in ('kernel', 'bias')
+    )
+    np.testing.assert_allclose(y, x @ w + c, rtol=0, atol=1e-5)
 
 
 def test_no_third_model_is_made():

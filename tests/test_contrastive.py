@@ -82,6 +82,19 @@ def test_losses_equal_loops_over_what_is_there(absent):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_items_in_bfloat16_are_compared_in_float32():
+    s, t, prototype, here = data(5)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (s, t, prototype)]
+    s, t, prototype = (np.asarray(x, np.float64) for x in half)
+    found = simcse(*half[:2], here, temperature=TAU)
+    np.testing.assert_allclose(found, slow_simcse(s, t, TAU), rtol=1e-5, atol=1e-5)
+    found = swav(*half[:2], here, prototype_DK=half[2], **SWAV)
+    np.testing.assert_allclose(found, slow_swav(s, t, prototype, **SWAV)[0], rtol=1e-5)
+    found = jax.jit(contrastive.statistics)(*half[:2], here)
+    np.testing.assert_allclose(found['feature_variance'], s.var(0).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found['view_cosine'], (rows(s) * rows(t)).sum(1).mean(), rtol=1e-5)
+
+
 @jax.jit
 @functools.partial(jax.grad, argnums=(0, 1, 3))
 def gradient(s, t, here, prototype):

@@ -10,6 +10,7 @@ import numpy as np
 import plain
 import pytest
 from dmoerm_tiny import PHASES, POINTS, RANK, D, files, flags
+from safetensors.numpy import load_file, save_file
 
 import jaxrm
 from experiments import (
@@ -35,6 +36,7 @@ from jaxrm import (
     tree,
 )
 from jaxrm.backbones.layers import Decoder
+from jaxrm.data import Ids, Preference
 from jaxrm.datasets import synthetic
 
 
@@ -208,6 +210,54 @@ def test_no_prompt_of_the_test_set_teaches_or_is_shown_to_a_judge(made, tmp_path
         )
 
 
+def test_a_prompt_is_the_same_whatever_its_spaces():
+    """By the rule of what is shown to a judge."""
+    turn = lambda x: ({'role': 'user', 'content': x},)  # noqa: E731
+    one = Preference(turn('How far is it?'), ('x', 'y'), ranks=(0, 1))
+    for messages in (turn('How  far\nis it? '), 'How far is it?'):
+        with pytest.raises(ValueError, match='labels: record 1: found a prompt of the test set'):
+            other = one._replace(messages=turn('Who?'))
+            dmoerm_phases.check_apart([other, one._replace(messages=messages)], [one], 'labels')
+    ids = one._replace(messages=Ids((1, 2)))
+    dmoerm_phases.check_apart([ids], [one], 'labels')
+
+
+def test_labels_of_no_expert_are_refused(made, tmp_path, capsys):
+    (_, _, c, _), _ = made
+    plan = mixture_files.read_plan(c.output_dir)
+    found = dmoerm_phases.Found(plan, dmoerm_phases.load(c, plan.categories), None)
+    good = found.data.train[0]._replace(group='facts/politeness', id='a')
+    own = good._replace(messages=({'role': 'user', 'content': 'A prompt of its own'},))
+    path = tmp_path / 'labels.jsonl'
+    c = dataclasses.replace(c, labels=path)
+    judge.write(path, [good, own])
+    assert len(dmoerm_experts.labelled(c, found)) == 2
+    assert '1 of 2 labels are of prompts without a human label' in capsys.readouterr().out
+    judge.write(path, [good, own._replace(group='facts/tone'), own._replace(group='facts')])
+    with pytest.raises(ValueError, match="labels: found 2 of 3 of groups as 'facts/tone', expec"):
+        dmoerm_experts.labelled(c, found)
+
+
+POINT_FAULTS = {
+    '{"facts": "logic"}': r"points.json: 'facts': expected names",
+    '{"facts": [["logic"]]}': r"points.json: 'facts': expected names",
+    '{"facts": ["logic", "logic"]}': r"points.json: 'facts': found a name twice",
+    '["facts"]': r'points.json: found .*, expected an object of groups',
+    '{"facts": ': r'points.json: no JSON',
+}
+
+
+@pytest.mark.parametrize('text', POINT_FAULTS)
+def test_points_that_are_none(tmp_path, text):
+    path = tmp_path / 'points.json'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=POINT_FAULTS[text]):
+        dmoerm_phases.capabilities(path, ())
+    path.write_text('{"facts": {"logic": "it follows"}, "chat": ["b", "a"]}')
+    want = {'facts': ('logic',), 'chat': ('b', 'a')}
+    assert dmoerm_phases.capabilities(path, ()) == want
+
+
 def test_labels_point_to_what_is_better(made):
     """A planted direction: experts learn from pairs whose first answer is the better one."""
     (_, _, c, _), _ = made
@@ -247,6 +297,37 @@ def test_a_finished_phase_is_not_run_again(made, monkeypatch, capsys):
         ValueError, match=r'router: is of a run with learning_rate 0\.001, not 0\.5'
     ):
         dmoerm_router.main(dataclasses.replace(configs[0], learning_rate=0.5))
+
+
+def test_an_mlp_is_of_its_flags_its_experts_and_their_base(made, tmp_path):
+    configs, _ = made
+    shutil.copytree(configs[0].output_dir, tmp_path / 'copy')
+    experts, c = (dataclasses.replace(x, output_dir=tmp_path / 'copy') for x in configs[2:])
+    with pytest.raises(ValueError, match=r'mixture.safetensors: is of .* max_steps 20, not 21'):
+        dmoerm_mixture.main(dataclasses.replace(c, max_steps=21))
+    adapter = tmp_path / 'copy' / 'facts' / 'experts' / 'politeness' / 'adapter_model.safetensors'
+    weights = load_file(adapter)
+    save_file({name: x + 1 for name, x in weights.items()}, adapter, {'format': 'pt'})
+    with pytest.raises(ValueError, match=r"mixture.safetensors: is of 'politeness' .*replaced"):
+        dmoerm_mixture.main(c)
+    base = tmp_path / 'copy' / 'facts' / 'base' / 'model.safetensors'
+    save_file({name: x + 1 for name, x in load_file(base).items()}, base, {'format': 'pt'})
+    with pytest.raises(ValueError, match=r'experts.politeness: is of a base .*replaced'):
+        dmoerm_mixture.main(c)
+    with pytest.raises(ValueError, match=r'experts.politeness: is of a run with base_digest'):
+        dmoerm_experts.main(experts)
+
+
+def test_another_test_set_is_measured_anew(made, monkeypatch):
+    """And teaches nothing anew."""
+    (*_, c), _ = made
+    monkeypatch.setattr(dmoerm, 'mixed', None)
+    seen = []
+    monkeypatch.setattr(dmoerm_mixture, 'measure', lambda c, found: seen.append(found.data.test))
+    dmoerm_mixture.main(c)
+    assert not seen
+    dmoerm_mixture.main(dataclasses.replace(c, test_pairs=7))
+    assert [len(test) for test in seen] == [7]
 
 
 def test_each_phase_names_what_it_lacks(made, tmp_path):

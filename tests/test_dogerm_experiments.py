@@ -226,6 +226,10 @@ def test_code_runs_only_if_asked(tmp_path, monkeypatch):
         generations.load(path)
     of = generations.load(path, timeout=20.0, unsafe=True)
     assert (of.gold[0].tolist(), of.votes) == ([1, 0], None)
+    assert of.why == [['', 'AssertionError: ']]
+    assert generations.ends([*of.why, ['OSError: a', 'OSError: b']]) == {
+        'OSError': 2, 'AssertionError': 1
+    }  # fmt: skip
     monkeypatch.setattr(sandbox, 'available', lambda: False)
     with pytest.raises(ValueError, match='--unsafe runs them all the same'):
         generations.load(path, timeout=20.0)

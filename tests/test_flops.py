@@ -1,4 +1,4 @@
-"""The FLOP counter by hand, and by it what packs cost at the size of Llama 3 8B."""
+"""The FLOP counter by hand."""
 
 import functools
 
@@ -8,19 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxrm import flops, heads, lora, packing, reward, shapes, tokens, train
+from jaxrm import flops
 from jaxrm.backbones import attention
-from jaxrm.backbones.layers import Config, Decoder
-
-C = Config(V=128256, D=4096, F=14336, L=32, Q=32, K=8, H=128)
-# prompt and answer length (mean, spread), candidates, stream tokens, records
-PROFILES = {
-    'hh': ((150, 100), (70, 50), 2, 4096, 2048),
-    'ultrafeedback': ((160, 100), (300, 150), 2, 8192, 2048),
-    'ultrafeedback-4': ((160, 100), (300, 150), 4, 8192, 2048),
-    'best-of-16': ((500, 150), (200, 80), 16, 32768, 512),
-    'tldr': ((360, 80), (35, 12), 2, 8192, 2048),
-}
 
 
 def struct(*shape):
@@ -109,130 +98,3 @@ def test_windows_are_counted_and_of_kinds_of_layers_the_widest():
     widest = functools.partial(flops.row_attention, window=5)
     assert flops.count(either, jnp.int32(0), q, k, v, n) == flops.count(widest, q, k, v, n)
     assert flops.count(widest, q, k, v, n) > flops.count(short, q, k, v, n)
-
-
-# What packs cost.
-
-
-def gamma(rng, mean_spread, size):
-    mean, spread = mean_spread
-    shape = (mean / spread) ** 2
-    return np.maximum(1, rng.gamma(shape, mean / shape, size).round()).astype(np.int64)
-
-
-@functools.cache
-def data(name):
-    prompt, answer, M, _, n = PROFILES[name]
-    rng = np.random.default_rng(0)
-    p, own = gamma(rng, prompt, n), gamma(rng, answer, n * M)
-    total = p + own.reshape(n, M).sum(1)
-    return tokens.Tokens(
-        ids=np.zeros(total.sum(), np.int32),
-        start=np.append(0, np.cumsum(total)),
-        prompt=p.astype(np.int32),
-        gate=(p - 1).astype(np.int32),
-        first=np.arange(n + 1) * M,
-        length=own.astype(np.int32),
-        rank=np.tile(np.arange(M), n).astype(np.int32),
-        margin=np.zeros(n * M, np.float32),
-        rating=np.zeros((n * M, 0), np.float32),
-        smoothing=np.zeros(n, np.float32),
-        group=np.full(n, -1, np.int32),
-        record=np.arange(n),
-        candidate=np.tile(np.arange(M), n).astype(np.int32),
-    )
-
-
-def shapes_of(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
-
-
-def model(remat='none', attention=flops.row_attention):
-    return reward.RewardModel(
-        Decoder(C, jnp.bfloat16, attention=attention, remat=remat), heads.Scalar()
-    )
-
-
-@functools.cache
-def parameters():
-    backbone = jax.eval_shape(model().init_backbone, jax.random.key(0))
-    adapter = jax.eval_shape(lambda: lora.init(backbone, jax.random.key(0), rank=16))
-    return {'backbone': backbone, 'lora': adapter, 'head': {'kernel': struct(C.D, 1)}}
-
-
-def packs_of(t, size):
-    """(shapes of one pack, how many there are) with the pack shape that the library chooses."""
-    shape = shapes.fit(t, size=size)
-    order = np.random.default_rng(0).permutation(len(t.prompt))
-    packs = packing.plan(t, shape, order=order)
-    return shapes_of(packing.fill(t, packs[:1], shape)), len(packs), shape
-
-
-def forward(t, size):
-    """Traced FLOPs of scoring every record."""
-    pack, packs, _ = packs_of(t, size)
-    params = {k: v for k, v in parameters().items() if k != 'lora'}
-    return packs * flops.count(model().score, params, pack)
-
-
-def needed(t):
-    """FLOPs of the real tokens, each once, row attention at its true lengths, top layer cut."""
-    T, row = len(t.ids), packing.row_lengths(t).astype(np.float64)
-    qo, kv, mlp = 2 * C.D * C.Q * C.H, 2 * C.D * C.K * C.H, 3 * C.D * C.F
-    pairs = (row * (row + 1) / 2).sum()
-    reads = 2 * len(row)
-    seen = (row + np.repeat(t.gate, np.diff(t.first)) + 1).sum()
-    layer = 2 * T * (qo + kv + mlp) + 4 * C.Q * C.H * pairs
-    top = 2 * T * kv + 2 * reads * (qo + mlp) + 4 * C.Q * C.H * seen
-    return (C.L - 1) * layer + top
-
-
-@functools.cache
-def shared(name):
-    return forward(data(name), PROFILES[name][3])
-
-
-@pytest.mark.parametrize('name', PROFILES)
-def test_packs_waste_little(name):
-    waste = shared(name) / needed(data(name))
-    print(f'{name}: FLOPs {waste:.3f} of what the real tokens need')
-    assert 1 < waste < (1.08 if name == 'best-of-16' else 1.06)
-
-
-@pytest.mark.parametrize('name', PROFILES)
-def test_sharing_prompts_reaches_its_theory(name):
-    t = data(name)
-    theory = packing.row_lengths(t).sum() / len(t.ids)
-    gain = forward(tokens.unshare(t), PROFILES[name][3]) / shared(name)
-    print(f'{name}: repeated / shared prompts {gain:.3f}, {gain / theory:.3f} of the theory')
-    assert gain >= 0.97 * theory
-
-
-def test_scoring_has_no_vocabulary_and_the_top_layer_is_cut():
-    pack, _, shape = packs_of(data('hh'), 4096)
-    params = {k: v for k, v in parameters().items() if k != 'lora'}
-    N, R = shape.tokens, sum(r for r, _ in shape.rows)
-    qo, kv, mlp = 2 * C.D * C.Q * C.H, 2 * C.D * C.K * C.H, 3 * C.D * C.F
-    rows = sum(r * s * (s + 1) // 2 for r, s in shape.rows)
-    layer = 2 * N * (qo + kv + mlp) + 4 * C.Q * C.H * rows
-    seen = 2 * sum(r * s for r, s in shape.rows)  # keys of two queries a row, masked
-    top = 2 * N * kv + 2 * 2 * R * (qo + mlp) + 4 * C.Q * C.H * seen
-    score = 2 * C.D * shape.prompts * shape.candidates
-    # every product is accounted for, so that none has the vocabulary in it
-    assert flops.count(model().score, params, pack) == (C.L - 1) * layer + top + score
-    states = functools.partial(model().states, read='all')
-    assert flops.count(states, params, pack) == C.L * layer
-
-
-def test_a_lora_step_costs_twice_a_forward_pass():
-    pack, _, _ = packs_of(data('hh'), 4096)
-    w = parameters()
-    frozen, learning = {'backbone': w['backbone']}, {'lora': w['lora'], 'head': w['head']}
-    once, ratio = flops.count(model().score, frozen | {'head': w['head']}, pack), {}
-    for remat in ('none', 'full'):
-        step = functools.partial(train.gradients, train.preference(model(remat).score))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        ratio[remat] = flops.count(step, learning, frozen, pack, key) / once
-    print(f'LoRA step / forward: {ratio["none"]:.3f}, with full remat {ratio["full"]:.3f}')
-    assert 2.0 < ratio['none'] < 2.15
-    assert 2.7 < ratio['full'] < 3.1

@@ -184,7 +184,7 @@ def test_stopped_by_hand(config, tmp_path):
 def test_points_of_the_paper():
     """27 experts in five categories, of 20 names, in the order of the router's classes."""
     path = Path(label_capabilities.__file__).with_name('points_dmoerm.json')
-    found = label_capabilities.read_points(path)
+    found = judge.read_points(path)
     counts = {'roleplay': 6, 'chat': 5, 'subj_qa': 5, 'obj_qa': 6, 'text': 5}
     assert {group: len(names) for group, names in found.items()} == counts
     assert list(found) == list(counts)

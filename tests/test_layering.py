@@ -11,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE, MAX_FUNCTION = 400, 60
 # What experiments share.
 SHARED = {
-    'common', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales',
+    'common', 'stored', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales',
     'variants', 'separation', 'shifted', 'labelling', 'dogerm', 'generations',
     'dmoerm', 'dmoerm_phases', 'dmoerm_arms', 'dmoerm_samples', 'dmoerm_tables',
+    'bench', 'bench_cells',
 }  # fmt: skip
 BAD_NAMES = {'utils', 'util', 'common', 'base', 'helpers', 'misc'}
 
@@ -40,14 +41,19 @@ LAYERS = {
     'explain': 0,
     'answers': 0,
     'version': 0,
+    'machines': 0,
+    'plan_asked': 0,
     'intervals': 0,
     'statistics': 0,
     'shapes': 1,
     'packing': 1,
     'sharding': 1,
+    'fused': 1,
     'processes': 1,
+    'programs': 1,
     'lora': 1,
     'merge': 1,
+    'merge_methods': 1,
     'merge_dense': 1,
     'merge_sparse': 1,
     'vocabulary': 1,
@@ -69,6 +75,8 @@ LAYERS = {
     'hf_config': 3,
     'resume': 3,
     'flops': 3,
+    'costs': 3,
+    'plan_hlo': 3,
     'logs': 3,
     'trackers': 3,
     'hub': 3,
@@ -89,12 +97,19 @@ LAYERS = {
     'judge_client': 4,
     'judge_endpoint': 4,
     'sandbox': 4,
+    'sandbox_child': 4,
     'sweep': 4,
     'report': 4,
     'strength_report': 4,
     'comparison': 4,
     'results': 4,
     'plan': 4,
+    'plan_models': 4,
+    'plan_report': 4,
+    'plan_wanted': 4,
+    'plan_confirm': 4,
+    'plan_compile': 4,
+    'remat': 4,
     'scorer': 4,
     'routed': 4,
     'loading': 4,
@@ -134,7 +149,7 @@ NUMPY_ONLY = (
     'files', 'records', 'annotations', 'strength', 'layouts', 'data', 'chat', 'tokens', 'cache',
     'pooling', 'packing', 'marker', 'explain', 'shapes', 'rewardbench', 'rewardbench_rules',
     'intervals', 'statistics', 'datasets.*', 'bestofn', 'autoj', 'judge', 'judge_cache',
-    'judge_client', 'judge_endpoint', 'rounds',
+    'judge_client', 'judge_endpoint', 'rounds', 'machines', 'plan_asked', 'plan_hlo',
 )  # fmt: skip
 
 

@@ -127,6 +127,59 @@ def test_signs_by_sum_or_by_count():
     np.testing.assert_array_equal(by_count, [[-1.5, 1, -4]])
 
 
+@pytest.mark.parametrize(('cosine', 'straight'), [(0.9997, True), (0.9993, False)])
+def test_slerp_goes_straight_between_nearly_equal_directions(cosine, straight):
+    """From a cosine of 0.9995 on; the sums differ by 5e-5."""
+    x, y, t = np.array([1.0, 0]), np.array([cosine, (1 - cosine**2) ** 0.5]), 0.3
+    a = np.arccos(cosine)
+    arc = (np.sin((1 - t) * a) * x + np.sin(t * a) * y) / np.sin(a)
+    want = (1 - t) * x + t * y if straight else arc
+    given = [np.stack([z, np.zeros(2)]).astype(np.float32) for z in (x, y)]
+    found = merge.array('slerp', given[1:], base=given[0], t=t)
+    np.testing.assert_allclose(found[0], want, rtol=2e-6)
+
+
+@pytest.mark.parametrize('method', ['dare_linear', 'dare_ties', 'della_linear', 'della'])
+def test_what_is_dropped_is_made_up_for_without_being_asked(method, arrays):
+    base, x = arrays['base'], arrays['x0']
+    mask, step = np.random.default_rng(3).random(SHAPE) < 0.4, x.astype(np.float64) - base
+    y = merge.array(method, [x], base=base, weight=1, density=0.5, masks=[mask])
+    factor = np.abs(step).sum() / np.abs(step[mask]).sum()
+    np.testing.assert_allclose(y, base + mask * step * factor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('sign', ['sum', 'count'])
+def test_a_tie_of_signs_goes_to_the_positive(sign):
+    """As in mergekit, where a sum of 0 is positive."""
+    xs = [np.array([row], np.float32) for row in ([2, -3], [-2, 3])]
+    y = merge.array('ties', xs, base=np.zeros((1, 2), np.float32), weight=1, sign=sign)
+    np.testing.assert_array_equal(y, [[2, 3]])
+
+
+SLOW = [[1, 0, 0.3], [np.cos(1.9), np.sin(1.9), 0.3], [np.cos(3.1), np.sin(3.1), 0.3]]
+FAST = [[1, 1, -1], [1, -1, 1], [-1, 1, 1], [1, 0.2, 0.1]]
+SMALL = [[1, 0, 0], [0, 2, 0], [0, 0, 5e-9]]
+
+
+@pytest.mark.parametrize(
+    ('method', 'rows', 'default', 'other'),
+    [
+        ('karcher', SLOW, {'max_iter': 10}, {'max_iter': 9}),
+        ('karcher', SLOW, {'max_iter': 10}, {'max_iter': 11}),
+        ('karcher', FAST, {'tol': 1e-5}, {'tol': 1e-6}),
+        ('karcher', FAST, {'tol': 1e-5}, {'tol': 1e-4}),
+        ('multislerp', SMALL, {'eps': 1e-8}, {'eps': 6e-9}),
+        ('multislerp', SMALL, {'eps': 1e-8}, {'eps': 1e-7}),
+    ],
+)
+def test_defaults_are_mergekits(method, rows, default, other):
+    """On what they make a difference for."""
+    xs = [np.array([row], np.float32) for row in rows]
+    found, same, not_same = (call(method, xs, None, **more) for more in ({}, default, other))
+    np.testing.assert_array_equal(bits(found), bits(same))
+    assert (bits(found) != bits(not_same)).any()
+
+
 # Identities
 
 

@@ -152,7 +152,7 @@ WRONG = {
         biases,
         DOGERM + 'on_mismatch: keep_first\n',
         (),
-        'domain_lm: model.layers.*.self_attn.k_proj.bias only here or in the others',
+        'domain_lm: found model.layers.*.self_attn.k_proj.bias, which rm does not have',
     ),
     'more heads of keys': (
         more_keys,
@@ -179,7 +179,25 @@ WRONG = {
         (),
         f'{Q}: found dtype I32',
     ),
-    'not a number': (tensors('domain_lm', **{Q_KEY: NAN}), DOGERM, (), f'{Q}: found 64 values tha'),
+    'not a number': (
+        tensors('domain_lm', **{Q_KEY: NAN}),
+        DOGERM,
+        (),
+        f'domain_lm/model.safetensors: {Q}: found 64 values that are not finite as float32',
+    ),
+    'not a number, and no dtype': (
+        tensors('rm', **{Q_KEY: NAN}),
+        DOGERM.replace('dtype: float32', ''),
+        (),
+        f'rm/model.safetensors: {Q}: found 64 values that are not finite as float32',
+    ),
+    'too large once merged': (
+        tensors('rm', **{Q_KEY: np.full((8, 8), 60000, np.float32)}),
+        LINEAR.replace('0.7', '2').replace('dtype: float32', 'parameters: {normalize: false}')
+        + 'out_dtype: float16\n',
+        (),
+        f'recipe.yml: {Q}: linear: found 64 values that are not finite as float16',
+    ),
     'too large for half': (
         tensors('domain_lm', **{Q_KEY: np.full((8, 8), 1e6, np.float32)}),
         DOGERM.replace('float32', 'float16'),
@@ -225,7 +243,7 @@ WRONG = {
         'reward_head: rm has a head of categories, expected one of rewards',
     ),
     'no head': (tensors('rm', score__weight=None), DOGERM, (), 'score.weight: found nothing'),
-    'no pad token': (no_pad, DOGERM, (), 'pad_token_id: found None'),
+    'no pad token': (no_pad, DOGERM, (), 'recipe.yml: rm: pad_token_id: found None, expected'),
     'no such template': (
         nothing,
         DOGERM + 'chat_template: morse\n',

@@ -1,5 +1,6 @@
 """Merging trees: mergekit's results, policies by name and layer, devices, what does not match."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -141,3 +142,34 @@ def test_configs():
     assert 'windows: rm has None, lm has [None, 64]' in found
     with pytest.raises(ValueError, match='tied: rm has False, lm has True'):
         merge.check_configs([a, b], ['rm', 'lm'])
+
+
+SIZES = {'V': 8, 'D': 4, 'F': 4, 'L': 2, 'Q': 2, 'K': 2, 'H': 2}
+CHANGES = {
+    **{name: SIZES[name] + 2 for name in 'DFLQH'},
+    'K': 1,
+    'biases': ('q',),
+    'qk_norm': True,
+    'post_norms': True,
+    'norm_offset': 1.0,
+    'embed_scale': 2.0,
+    'norm_eps': 1e-6,
+    'tied': True,
+    'activation': 'gelu_tanh',
+    'query_scalar': 7,
+    'softcap': 2.0,
+    'logit_softcap': 2.0,
+}
+
+
+def test_every_change_of_the_function_is_named():
+    """And all fields are thought of: those of kinds are windows and ropes."""
+    aside = {'V', 'max_position', 'kinds', 'layer_kinds'}
+    assert {f.name for f in dataclasses.fields(Config)} == {*CHANGES, *aside}
+    a = Config(**SIZES)
+    for name, value in CHANGES.items():
+        b = Config(**(SIZES | {name: value}))
+        with pytest.raises(ValueError, match=f'{name}: rm has .*, lm has '):
+            merge.check_configs([a, b], ['rm', 'lm'])
+        (found,) = merge.check_configs([a, b], ['rm', 'lm'], on_mismatch='keep_first')
+        assert found.startswith(f'{name}: rm has ')

@@ -80,6 +80,7 @@ PAIRS = linear_batch(0, candidates=2, ranked=True)
 SETS = linear_batch(1, candidates=5, ranked=False)
 W = np.linspace(-0.4, 0.5, D)
 LINEAR = {'objective': train.preference(linear_score), 'spread': meta.spread(linear_score)}
+LINEAR |= {'dtype': jnp.float32}
 
 
 def rows(of):
@@ -157,10 +158,14 @@ def test_the_gradient_ahead_is_applied_where_it_should_be(inner, apply_to):
 @pytest.mark.parametrize('inner', ['sgd', 'normalised_sgd'])
 def test_second_order_is_the_gradient_of_the_loss_ahead(inner):
     eta = 0.7
-    new, _ = linear_step(linear_state(), (PAIRS, SETS), eta, inner=inner, order='second')
+    new, said = linear_step(linear_state(), (PAIRS, SETS), eta, inner=inner, order='second')
     through = numeric(lambda w: loss(ahead(w, eta, inner)), W, h=1e-4)
     np.testing.assert_allclose(weights(new), W - 0.3 * through, atol=1e-5)
-    assert abs(through - numeric(loss, ahead(W, eta, inner))).max() > 1e-2
+    g, slope = numeric(loss, ahead(W, eta, inner)), numeric(j, W)
+    assert abs(through - g).max() > 1e-2
+    cosine = lambda g: g @ slope / np.sqrt((g @ g) * (slope @ slope))  # noqa: E731
+    assert float(said['cosine']) == pytest.approx(cosine(g), rel=2e-5)  # before it is pulled back
+    assert abs(cosine(g) - cosine(through)) > 1e-3
 
 
 def test_the_orders_differ_by_a_hessian_to_the_second_order_in_eta():
@@ -186,6 +191,8 @@ def test_joint_descends_the_loss_less_eta_times_j():
     np.testing.assert_allclose(weights(new), W - 0.3 * both, atol=2e-6)
     assert float(said['grad_norm']) == pytest.approx(np.sqrt(both @ both), rel=1e-4)
     assert 'inner_step' not in said
+    with pytest.raises(ValueError, match=r'step 3: found no inner_unmoved.* joint has not'):
+        meta.check_moved(3, new, said)
 
 
 def test_the_published_step_lowers_j_beside_a_plain_one():
@@ -224,6 +231,42 @@ def test_an_optimiser_sees_the_gradient_ahead_and_nothing_else():
     np.testing.assert_allclose(kernel(state.opt[0].nu), v, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize('apply_to', ['theta', 'theta_prime'])
+def test_weights_decay_from_where_the_update_is_applied(apply_to):
+    tx, eta = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.3)), 0.7
+    state = linear_state()._replace(opt=tx.init(linear_state().trainable))
+    options = {'tx': tx, 'eta': eta, 'apply_to': apply_to}
+    new, _ = meta.step(state, {}, (PAIRS, SETS), jax.random.key(0), **LINEAR | options)
+    prime = ahead(W, eta)
+    base = {'theta': W, 'theta_prime': prime}[apply_to]
+    want = base - 0.3 * (numeric(loss, prime) + 0.5 * base)
+    np.testing.assert_allclose(weights(new), want, atol=2e-6)
+    assert abs(prime - W).max() > 1e-2
+
+
+def test_every_step_has_masks_of_its_own_as_a_plain_one():
+    """And those of J are not those of the loss."""
+
+    seen = []
+
+    def listening(objective):
+        def said(params, of, key):
+            seen.append(float(jax.random.uniform(key)))
+            return objective(params, of, key)
+
+        return said
+
+    options = {name: listening(LINEAR[name]) for name in ('objective', 'spread')}
+    given, key = {'tx': optax.sgd(0.1), 'objective': options['objective']}, jax.random.key(5)
+    for done in (0, 1, 2):
+        at = linear_state()._replace(step=jnp.int32(done))
+        meta.step(at, {}, (PAIRS, SETS), key, eta=0.1, **LINEAR | given | options)
+        train.step(at, {}, PAIRS, key, **given)
+    of_j, ours, of_plain = np.reshape(seen, (3, 3)).T
+    assert (ours == of_plain).all()
+    assert len({*of_j, *ours}) == 6
+
+
 @pytest.mark.parametrize(
     ('options', 'found'),
     [
@@ -256,7 +299,9 @@ def test_an_inner_step_that_numbers_cannot_hold_is_found_out():
     with pytest.raises(ValueError, match=r'step 7: .*100\.00% .*raise eta'):
         meta.check_moved(7, state, said)
     of_members = lambda *shares: {'inner_unmoved': np.float32(shares)}  # noqa: E731
-    meta.check_moved(7, state, of_members(0.98, np.nan))
+    meta.check_moved(7, state, of_members(0.985, np.nan))
+    with pytest.raises(ValueError, match=r'99\.50%'):
+        meta.check_moved(7, state, of_members(0.995, 0.5))
     meta.check_moved(7, state, of_members(np.nan, np.nan))
     with pytest.raises(ValueError, match='100'):
         meta.check_moved(7, state, of_members(0.5, np.nan, 1))
@@ -268,12 +313,15 @@ def test_elements_count_as_moved_where_compute_sees_it():
     slope = numeric(j, w).astype(np.float32)
     to = lambda x: np.asarray(jnp.asarray(x, jnp.float32).astype(jnp.bfloat16))  # noqa: E731
     step = half / abs(slope).max()
-    options = {'dtype': jnp.bfloat16}
-    run = functools.partial(meta.step, tx=optax.sgd(0.3), eta=step, **LINEAR, **options)
+    options = LINEAR | {'dtype': jnp.bfloat16}  # which has to be said
+    run = functools.partial(meta.step, tx=optax.sgd(0.3), eta=step, **options)
     _, said = run(linear_state(w), {}, (PAIRS, SETS), jax.random.key(0))
     want = (to(w + step * slope) == to(w)).mean()
     assert 0 < want < 1
     assert float(said['inner_unmoved']) == pytest.approx(want)
+    with pytest.raises(TypeError, match='dtype'):
+        meta.step(linear_state(), {}, (PAIRS, SETS), jax.random.key(0), tx=optax.sgd(0.3),
+                  **{k: v for k, v in LINEAR.items() if k != 'dtype'})  # fmt: skip
     # and elements that J does not move at all say nothing
     blind = SETS._replace(answer_PBMD=SETS.answer_PBMD * np.float32([1, 1, 1, 0, 0]))
     _, said = linear_step(linear_state(), (PAIRS, blind), 0.1)

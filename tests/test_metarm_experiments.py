@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import unread
 
-from experiments import common, metarm, metarm_rounds, shifted
-from jaxrm import checkpoint, heads, packing, reward
-from jaxrm.backbones.layers import Decoder
+from experiments import metarm, metarm_rounds, shifted
+from jaxrm import checkpoint, heads, meta, packing, reward, rounds, train
 from jaxrm.datasets import synthetic
 
 SMALL = {'pairs': 48, 'seeds': (0, 1), 'train_batch_size': 12, 'set_batch_size': 6}
@@ -19,15 +19,7 @@ SMALL |= {'max_length': 400}
 @pytest.fixture(scope='module')
 def decoder(tmp_path_factory):
     """A folder with a decoder that has read nothing."""
-    records = synthetic.preferences(50, seed=0)
-    tokenizer = common.train_tokenizer(common.texts(records), 300)
-    config = common.tiny(len(tokenizer), width=16, layers=1)
-    rm = reward.RewardModel(Decoder(config), heads.LanguageModel(config.V, tied=True))
-    params = {'backbone': rm.init_backbone(jax.random.key(0)), 'head': {}}
-    like = checkpoint.Pretrained('llama', config, tokenizer)
-    folder = tmp_path_factory.mktemp('decoder') / 'model'
-    checkpoint.export(folder, params, like, head_kind='lm_head')
-    return str(folder)
+    return unread.save(tmp_path_factory.mktemp('decoder'))
 
 
 def test_measures_equal_loops(decoder):
@@ -76,6 +68,66 @@ def test_members_see_the_same_pairs_and_their_own_flips(decoder):
     seen = [sorted(np.concatenate([x.ravel() for x in each])) for each in first]
     assert seen[0] == seen[1]
     assert any((a != b).any() for a, b in zip(*first, strict=True))
+
+
+@pytest.fixture(scope='module')
+def started(decoder):
+    """(flags, start) of two rounds."""
+    c = metarm_rounds.Config(
+        model_name_or_path=decoder, rounds=2, prompts=6, pool=10, **SMALL | {'candidates': 3}
+    )
+    return c, shifted.start(c)
+
+
+@pytest.fixture
+def short(started, monkeypatch):
+    """The same, of a loop in which nothing is learned."""
+    random = lambda s, params, of: np.random.default_rng(0).normal(size=(2, len(of.rank)))  # noqa: E731
+    replaced = {'learn': lambda *args: None, 'scores': random}
+    for name, fn in replaced.items():
+        monkeypatch.setattr(shifted, name, fn)
+    monkeypatch.setattr(metarm_rounds, 'surprise', lambda s, pool: (np.ones(60), np.ones(60)))
+    monkeypatch.setattr(metarm_rounds, 'knows', lambda *args: np.zeros(2))
+    return started
+
+
+def test_sets_are_of_the_policy_of_as_many_rounds_as_are_done(short, monkeypatch):
+    c, s = short
+    pool, far = metarm_rounds.pool_of(c)
+    first = rounds.begin(np.exp(-far))
+    second = rounds.improve(first, far, temperature=1.0)
+    metarm_rounds.drawn(c, s, pool, [second, second], 1)
+    for stale in ([first, second], [second, first], [first, first]):
+        with pytest.raises(ValueError, match=r"record 0 .*'round 0', expected 'round 1'"):
+            metarm_rounds.drawn(c, s, pool, stale, 1)
+    made = metarm_rounds.loop(c, s, 'published')
+    assert len(made['rounds']) == 3
+    monkeypatch.setattr(rounds, 'improve', lambda policy, *args, **options: policy)
+    with pytest.raises(ValueError, match=r"'round 0', expected 'round 1'"):
+        metarm_rounds.loop(c, s, 'published')
+
+
+def in_half(s):
+    """The start of a model that computes in bfloat16."""
+    backbone = dataclasses.replace(s.rm.backbone, dtype=jnp.bfloat16)
+    return s._replace(rm=dataclasses.replace(s.rm, backbone=backbone))
+
+
+def test_what_the_inner_step_leaves_is_watched_in_the_dtype_of_compute(started, monkeypatch):
+    c, s = started
+    fits = []
+    monkeypatch.setattr(train, 'fit', lambda state, *_, **options: fits.append(options) or state)
+    for variant in ('vanilla', 'joint', 'published'):
+        shifted.learn(c, in_half(s), variant, 1.0, s.pairs)
+    assert [(1, meta.check_moved) in of['hooks'] for of in fits] == [False, False, True]
+    assert [of['step'].keywords['dtype'] for of in fits[1:]] == [jnp.bfloat16] * 2
+
+
+@pytest.mark.slow
+def test_a_step_that_bfloat16_cannot_hold_stops_a_run(started):
+    c, s = started
+    with pytest.raises(ValueError, match=r'step 1: inner step: .*raise eta'):
+        shifted.learn(c, in_half(s), 'published', 5e-6, s.pairs)
 
 
 @pytest.mark.slow

@@ -55,6 +55,17 @@ def test_sets_are_drawn_from_the_policy_without_replacement():
     assert record == rounds.sample(policy, POOL, 3, seed=1)[0]
 
 
+def test_every_round_draws_anew():
+    """Of a policy that stays as it was, too."""
+    policy = rounds.begin(WEIGHTS)
+    later = rounds.improve(policy, np.zeros((2, 4)), temperature=1.0)
+    said = [
+        [[record.responses for record in rounds.sample(p, POOL, 2, seed=seed)] for seed in range(9)]
+        for p in (policy, later)
+    ]
+    assert said[0] != said[1]
+
+
 def test_answers_of_another_round_are_refused():
     policy = rounds.begin(WEIGHTS)
     stale = rounds.sample(policy, POOL, 2, seed=0)

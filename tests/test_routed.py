@@ -197,7 +197,44 @@ def swapped(path):
     edit_json(path / 'router' / 'config.json', id2label=order)
 
 
+def replaced(path):
+    """Another base, under its old experts."""
+    params, base = load('seqcls').params, load('seqcls')
+    head = jax.tree.map(lambda x: x + 1, params['head'])
+    mixture_files.export_base(path, 'facts', {**params, 'head': head}, base, overwrite=True)
+
+
+def turned(path):
+    """The experts of the plan in another order."""
+    capabilities = {**PLAN.capabilities, 'facts': EXPERTS[::-1]}
+    edit_json(path / 'dmoerm.json', capabilities=capabilities)
+
+
+def other_expert(path):
+    """An expert in the place of another one."""
+    shutil.rmtree(path / 'facts' / 'experts' / 'tone')
+    shutil.copytree(path / 'facts' / 'experts' / 'logic', path / 'facts' / 'experts' / 'tone')
+
+
 FAULTS = {
+    r'experts/logic: is of a base \w{12}, found \w{12} in base': replaced,
+    r"mixture.safetensors: is of experts \['logic', 'tone', 'length'\]": turned,
+    r"mixture.safetensors: is of 'tone' \w{12}, found \w{12}": other_expert,
+    'mixture.safetensors: cannot be read': lambda p: (
+        p / 'facts' / 'mixture.safetensors'
+    ).write_bytes(b'no such thing'),
+    "json: categories: found 'facts', expected a list": lambda p: edit_json(
+        p / 'dmoerm.json', categories='facts'
+    ),
+    "json: capabilities: found .*'logic'.*, expected lists": lambda p: edit_json(
+        p / 'dmoerm.json', capabilities={'facts': 'logic', 'small talk': ['tone']}
+    ),
+    r"json: capabilities: found \['facts'\], expected lists": lambda p: edit_json(
+        p / 'dmoerm.json', capabilities=['facts']
+    ),
+    'json: normaliser: found .*, expected mean and std': lambda p: edit_json(
+        p / 'dmoerm.json', normaliser={'facts': '01', 'small talk': [0, 1]}
+    ),
     'version: found 2, expected 1': lambda p: edit_json(p / 'dmoerm.json', version=2),
     r"capabilities: found those of \['facts'\]": lambda p: edit_json(
         p / 'dmoerm.json', capabilities={'facts': EXPERTS}

@@ -1,12 +1,34 @@
 """What the experiments on wrong labels do to labels, and how they compare: by loops over pairs."""
 
+import inspect
+
 import numpy as np
 import pairs_toy as toy
 import pytest
 
 from experiments import labelling, secrets_recipes
+from jaxrm import contrastive, members, meta, strength, views
 
 N = 400
+
+
+# Those that a paper gives (arXiv 2401.06080: 10 % flipped, beta of SimCSE, dropout; 2405.00438:
+# eta; 2006.09882: SwAV's three; 2104.08821: SimCSE's temperature), and our own where none does.
+DEFAULTS = [
+    (strength.recipe, {'share': 0.1, 'alpha': 0.1, 'scale': 1.0, 'clip': np.inf}),
+    (contrastive.simcse, {'temperature': 0.05}),
+    (contrastive.swav, {'temperature': 0.1, 'epsilon': 0.05, 'iterations': 3}),
+    (contrastive.sinkhorn, {'epsilon': 0.05, 'iterations': 3}),
+    (views.preference, {'beta': 1.0, 'dropout': 0.05, 'contrast': contrastive.simcse}),
+    (meta.step, {'eta': 5e-6, 'inner': 'sgd', 'apply_to': 'theta', 'order': 'first'}),
+    (members.uwo, {'coefficient': 0.5}),
+]
+
+
+@pytest.mark.parametrize(('fn', 'want'), DEFAULTS, ids=lambda x: getattr(x, '__name__', ''))
+def test_defaults(fn, want):
+    has = inspect.signature(fn).parameters
+    assert {name: has[name].default for name in want} == want
 
 
 @pytest.fixture(scope='module')

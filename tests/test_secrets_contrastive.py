@@ -4,14 +4,11 @@ import dataclasses
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
+import unread
 
-from experiments import common, secrets_contrastive, separation
-from jaxrm import checkpoint, heads, reward
-from jaxrm.backbones.layers import Decoder
-from jaxrm.datasets import synthetic
+from experiments import secrets_contrastive, separation
 
 
 def clouds(apart, n=60, width=5, seed=0):
@@ -72,15 +69,9 @@ def test_a_crossed_interval_sees_seeds_and_pairs():
 def config(tmp_path_factory):
     """Flags of a short run from a decoder that has read nothing."""
     folder = tmp_path_factory.mktemp('contrastive')
-    records = synthetic.preferences(50, seed=0)
-    tokenizer = common.train_tokenizer(common.texts(records), 300)
-    sizes = common.tiny(len(tokenizer), width=16, layers=2)
-    rm = reward.RewardModel(Decoder(sizes), heads.LanguageModel(sizes.V, tied=True))
-    params = {'backbone': rm.init_backbone(jax.random.key(0)), 'head': {}}
-    like = checkpoint.Pretrained('llama', sizes, tokenizer)
-    checkpoint.export(folder / 'model', params, like, head_kind='lm_head')
+    model = unread.save(folder, layers=2)
     return secrets_contrastive.Config(
-        model_name_or_path=str(folder / 'model'), results=folder / 'results', seeds=(3, 4),
+        model_name_or_path=model, results=folder / 'results', seeds=(3, 4),
         cells=('random-0.2',), pairs=48, test_pairs=24, train_batch_size=16, num_train_epochs=1,
         max_length=300, categories=('arithmetic',), data=2, fsdp=4,
     )  # fmt: skip

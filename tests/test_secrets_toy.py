@@ -93,7 +93,7 @@ def test_a_decile_alone(by_decile, kind):
     found = [by_decile[kind, k] for k in range(10)]  # 0.09, 0.20, 0.59, 0.80, ., 0.86, ..., 0.89
     assert found[0] < 0.3
     assert by_decile[f'{kind} flipped', 0] > 0.8
-    assert min(abs(x - 0.5) for x in found[2:5]) < 0.15
+    assert min(abs(x - 0.5) for x in found[2:5]) < 0.12  # of six worlds 0.02 to 0.11
     assert found[9] > 0.8
     mixed = [by_decile[f'{kind} shuffled', k] for k in range(10)]
     assert np.ptp(mixed) < 0.25 * np.ptp(found)
@@ -117,8 +117,8 @@ def test_strength_says_how_often_true_labels_agree(ensembles):
     assert found.spearman >= 0.9
     assert found.share_b[-1] >= 0.95
     assert found.share_b[0] <= 0.25
-    near = np.abs(mean) < 0.05
-    assert 0.4 <= right[near].mean() <= 0.6
+    near = np.abs(mean) < 0.05  # about 170 pairs, of six worlds 0.51 to 0.60
+    assert 0.45 <= right[near].mean() <= 0.6
 
 
 def test_the_alarm_of_memorisation():

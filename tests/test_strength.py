@@ -1,7 +1,5 @@
-"""Strength, folds, recipes and annotations against loops over pairs and files written by hand."""
+"""Strength, folds and recipes against loops over pairs."""
 
-import gzip
-import json
 import math
 
 import numpy as np
@@ -9,8 +7,8 @@ import pairs_toy as toy
 import pytest
 import tiny
 
-from jaxrm import annotations, data, strength, strength_report, tokens
-from jaxrm.data import DataError, Preference
+from jaxrm import strength, strength_report, tokens
+from jaxrm.data import Preference
 
 # Ten reward models' scores of one pair.
 CHOSEN = [3.71875, 0.58984375, 3.390625, 0.00680542, -0.6953125]
@@ -19,11 +17,6 @@ REJECTED = [3.546875, 0.9921875, 2.125, -0.33007812, 1.171875]
 REJECTED += [1.2578125, 1.078125, 1.0546875, 3.546875, 2.265625]
 MEAN = np.array([-2.0, 0.5, -0.25, 3.0, 0.0, 1.5, -0.25, 9.0, 0.1, 4.0])
 ASK = ({'role': 'user', 'content': 'Which one?'},)
-ROW = {'chosen': ['Hi', 'Hello', 'Which one?', 'This one.'],
-       'rejected': ['Hi', 'Hello', 'Which one?', 'That one.'],
-       'mean preference difference': -0.5, 'std preference difference': 0.25,
-       'chosen score list': [1.0, 2.0], 'rejected score list': [1.25, 2.75],
-       'GPT4 label': 0}  # fmt: skip
 
 
 def test_mean_and_population_deviation_of_published_scores():
@@ -55,6 +48,55 @@ def test_what_has_no_strength_is_refused():
     three = toy.pairs(2)._replace(first=np.array([0, 3, 4]))
     with pytest.raises(ValueError, match='exactly two answers'):
         strength.gaps(score, three)
+
+
+def test_scores_of_better_and_worse_answers():
+    score = np.arange(8, dtype=np.float32).reshape(2, 4)
+    of = toy.pairs(2)._replace(rank=np.array([1, 0, 0, 1], np.int32))
+    assert strength.sides(score, of).tolist() == [[[1, 0], [2, 3]], [[5, 4], [6, 7]]]
+    with pytest.raises(ValueError, match=r'scores: found \[2, 3\], expected \[members, 4\]'):
+        strength.sides(score[:, :3], of)
+
+
+GAP = np.array([[1.0, -2], [0, 0]])
+BAD = {
+    'one axis': (lambda: strength.strength(GAP[0]), r'differences: found \[2\], .*members, pairs'),
+    'no members': (lambda: strength.strength(GAP[:0]), r'differences: found \[0, 2\]'),
+    'NaN': (lambda: strength.strength(GAP * [[1], [np.nan]]), r'differences \[1, 0\]: found nan'),
+    'flat': (lambda: strength.strength(GAP, scaled=True), 'member 1: found no difference but 0'),
+    'share above': (lambda: strength.recipe('flip', MEAN, share=20), 'share: found 20, expected'),
+    'share below': (lambda: strength.recipe('drop', MEAN, share=-0.5), 'share: found -0.5'),
+    'share NaN': (lambda: strength.lowest(MEAN, np.nan), 'share: found nan, expected from 0 to 1'),
+    'alpha': (lambda: strength.recipe('soft label', MEAN, alpha=1.5), 'alpha: found 1.5, expected'),
+    'clip': (lambda: strength.recipe('margin', MEAN, clip=0), 'clip: found 0, expected above 0'),
+    'scale': (lambda: strength.recipe('margin', MEAN, scale=-1.0), 'scale: found -1.0, expected'),
+    'temperature': (lambda: strength.repair(MEAN, temperature=0.0), 'temperature: found 0.0'),
+    'no number': (lambda: strength.recipe('flip', MEAN * np.nan), r'strength \[0\]: found nan'),
+    'contrary': (lambda: strength.recipe('flip + drop', MEAN), "recipe: found 'flip . drop', exp"),
+    'control': (lambda: strength.recipe('margin + flip + random flip', MEAN), 'no two of'),
+    'swaps': (lambda: strength.repair(MEAN, swap_n=MEAN[:3] < 0), r'swap_n: found \[3\], .*\[10\]'),
+    'noise': (lambda: strength.fit(MEAN, 0.5), 'noise: found 0.5, expected from 0 to below 0.5'),
+    'less noise': (lambda: strength.check_fit(MEAN, -0.1), 'noise: found -0.1'),
+    'no pairs': (lambda: strength.fit(MEAN[:0], 0.2), r'strength: found \[0\], expected \[pairs\]'),
+    'not known': (lambda: strength.fit(MEAN * np.nan, 0.2), 'expected a finite number'),
+    'fold': (lambda: strength.out_of_fold(np.ones((2, 3, 4)), np.array([0, 1, -1, 0])),
+             'fold of pair 2: found -1, expected 0 to 1'),
+    'folds': (lambda: strength.out_of_fold(np.ones((2, 3, 4)), np.array([0, 2, 1, 0])),
+              'fold of pair 1: found 2'),
+    'fold lengths': (lambda: strength.out_of_fold(np.ones((2, 3, 4)), np.array([0, 1])),
+                     r'found \[2, 3, 4\] and \[2\], expected \[K, E, n\]'),
+    'groups': (lambda: strength.agreement(MEAN, MEAN > 0, 11), 'found 11, expected 1 to 10'),
+    'tokens': (lambda: strength.relabelled(toy.pairs(3), strength.repair(MEAN)),
+               r'swap_n: found \[10\], expected \[3\]'),
+    'records': (lambda: strength.repaired([], strength.repair(MEAN)), r'expected \[0\], one of'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('what', BAD)
+def test_what_means_nothing_is_refused(what):
+    call, fault = BAD[what]
+    with pytest.raises(ValueError, match=fault):
+        call()
 
 
 def test_a_share_and_a_sign_choose_different_pairs():
@@ -112,13 +154,25 @@ def expected(name, mean, share, alpha, scale, clip):
     return rows
 
 
-@pytest.mark.parametrize('name', [*strength.PUBLISHED, 'soft label', 'drop', 'drop + margin'])
+@pytest.mark.parametrize(
+    'name', [*strength.PUBLISHED, 'soft label', 'drop', 'drop + margin', 'flip + soft label']
+)
 @pytest.mark.parametrize(('scale', 'clip'), [(1.0, math.inf), (0.5, 3.0)])
 def test_recipes_follow_their_rules(name, scale, clip):
     found = strength.recipe(name, MEAN, share=0.2, alpha=0.3, scale=scale, clip=clip)
     want = expected(name, MEAN, 0.2, 0.3, scale, clip)
     for column, values in zip(found, zip(*want, strict=True), strict=True):
         np.testing.assert_allclose(column.astype(float), np.array(values, float), rtol=1e-6)
+
+
+def test_a_rule_by_threshold_is_a_repair():
+    for tau in (0.0, -0.25, 1.0):
+        low_n = np.less(MEAN, tau)
+        turned = strength.repair(MEAN, swap_n=low_n, scale=1.0)
+        assert turned.swap_n.tolist() == [m < tau for m in MEAN]
+        assert turned.margin_n.tolist() == [np.float32(-m if m < tau else m) for m in MEAN]
+        kept = strength.repair(MEAN, keep_n=~low_n)
+        assert kept.keep_n.tolist() == [m >= tau for m in MEAN]
 
 
 def test_soft_labels_by_strength_and_controls():
@@ -193,92 +247,8 @@ def test_pictures(tmp_path):
     counts = {'right': rng.integers(0, 9, 10), 'wrong': rng.integers(0, 9, 10)}
     strength_report.histogram(counts, np.linspace(-1, 1, 11), tmp_path / 'a.png')
     strength_report.deciles({'alone': rng.random((10, 3))}, tmp_path / 'b.png')
-    strength_report.agreement(rng.random((2, 5)), rng.random((2, 5)), tmp_path / 'c.png')
+    by_strength = rng.random((2, 2, 5))
+    strength_report.agreement(*by_strength, tmp_path / 'c.png', std_Sk=rng.random((2, 20)))
     lines = {'base': [0.5, 0.6], 'flip': [0.5, 0.7]}
     strength_report.curves({'gold': lines, 'noisy': lines}, [1, 2], tmp_path / 'd.png')
     assert all((tmp_path / f'{x}.png').read_bytes()[1:4] == b'PNG' for x in 'abcd')
-
-
-# Annotations
-
-
-def written(path, *rows):
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    return path
-
-
-@pytest.mark.parametrize('between', [' ', '_'])
-def test_annotations_are_read_in_both_spellings(tmp_path, between):
-    row = {name.replace(' ', between): value for name, value in ROW.items()}
-    plain = {k: v for k, v in row.items() if k != f'GPT4{between}label'}
-    path = written(tmp_path / 'a.jsonl', row, {**plain, 'chosen': [*ROW['chosen'][:3], 'Both.']})
-    found = annotations.load(path)
-    turns = tuple(
-        {'role': role, 'content': said}
-        for role, said in zip(('user', 'assistant', 'user'), ROW['chosen'][:3], strict=True)
-    )
-    first = Preference(
-        turns, ('This one.', 'That one.'), (0, 1), ratings=((1.0, 2.0), (1.25, 2.75))
-    )
-    assert found.records[0] == first
-    assert found.judge_n.tolist() == [0, -1]
-    np.testing.assert_array_equal(found.mean_n, [-0.5, -0.5])
-    np.testing.assert_array_equal(found.std_n, [0.25, 0.25])
-    np.testing.assert_array_equal(found.score_En2[:, 0], [[1.0, 1.25], [2.0, 2.75]])
-    loaded = data.load(path)
-    assert loaded.records == found.records
-    assert loaded.kind == 'pair'
-    assert 'utterances' in loaded.mapping
-
-
-def test_annotations_are_written_and_read_back(tmp_path):
-    made = [
-        Preference(ASK, ('This one.', 'That one.'), ranks=(0, 1)),
-        Preference(ASK, ('That “one”.', 'This one.'), ranks=(1, 0)),
-    ]
-    score = np.stack([CHOSEN, REJECTED], 1)[:, None].repeat(2, 1)
-    annotations.save(tmp_path / 'out.jsonl.gz', made, score, judge_n=[1, -1])
-    with gzip.open(tmp_path / 'out.jsonl.gz', 'rt') as file:
-        rows = [json.loads(line) for line in file]
-    assert rows[1]['chosen'] == ['Which one?', 'This one.']
-    assert rows[0].keys() == ROW.keys()
-    assert rows[0]['chosen score list'] == CHOSEN
-    assert rows[0]['mean preference difference'] == pytest.approx(-0.1331, abs=5e-5)
-    assert rows[0]['std preference difference'] == pytest.approx(0.7560, abs=5e-5)
-    found = annotations.load(tmp_path / 'out.jsonl.gz')
-    np.testing.assert_array_equal(found.score_En2, score)
-    assert found.judge_n.tolist() == [1, -1]
-    assert found.records[1].responses == ('This one.', 'That “one”.')
-    assert [p.name for p in tmp_path.iterdir()] == ['out.jsonl.gz']
-
-
-@pytest.mark.parametrize(
-    ('change', 'fault'),
-    [
-        ({'rejected': ['Hi', 'Hello', 'Who?', 'That.']}, 'another prompt than chosen'),
-        ({'rejected': ['That.']}, 'rejected: found one utterance'),
-        ({'rejected score list': [1.0]}, 'found 1 scores, expected 2'),
-        ({'GPT4 label': 2}, 'GPT4 label: found 2, expected 1, 0 or -1'),
-        ({'mean preference difference': 'high'}, 'found a string, expected a number'),
-        ({'mean preference difference': None}, 'found a value|found null, expected a number'),
-        ({'rejected': ROW['chosen']}, 'the same answer as chosen'),
-    ],
-)
-def test_annotations_that_are_wrong_are_refused(tmp_path, change, fault):
-    path = written(tmp_path / 'a.jsonl', {**ROW, **change})
-    with pytest.raises(DataError, match=rf'a\.jsonl:1: .*({fault})'):
-        annotations.load(path)
-
-
-@pytest.mark.parametrize(
-    ('record', 'fault'),
-    [
-        (Preference('text', ('a', 'b'), (0, 1)), 'expected messages and answers of text'),
-        (Preference(({'role': 'system', 'content': 'x'}, *ASK), ('a', 'b'), (0, 1)), 'roles'),
-        (Preference(ASK, ('a', 'b')), 'ranks None'),
-    ],
-)
-def test_what_utterances_cannot_hold_is_not_written(tmp_path, record, fault):
-    with pytest.raises(DataError, match=f'record 0: .*{fault}'):
-        annotations.save(tmp_path / 'a.jsonl', [record], np.zeros((2, 1, 2)))
-    assert not any(tmp_path.iterdir())

@@ -116,8 +116,9 @@ def test_views_are_two_passes_with_keys_of_their_own():
 def test_without_dropout_the_views_are_the_same_and_training_refuses_that():
     z = two(jax.random.key(3), dropout=0.0)
     np.testing.assert_array_equal(*z.answer_BMD)
-    with pytest.raises(ValueError, match=r'dropout: found 0.0, expected above 0'):
-        views.preference(RM, dropout=0.0)
+    for rate in (0.0, -0.1, 1.0, np.nan):
+        with pytest.raises(ValueError, match=rf'dropout: found {rate}, expected above 0.* below 1'):
+            views.preference(RM, dropout=rate)
 
 
 @functools.partial(jax.jit, static_argnames='dropout')
@@ -213,6 +214,52 @@ def test_objective_is_the_sum_of_its_parts():
     assert metrics['min_reward'] < metrics['mean_reward'] < metrics['max_reward']
     assert metrics['item_cosine'] < metrics['view_cosine'] < 1
     assert metrics['feature_variance'] > 0.01
+
+
+def test_centering_is_that_of_both_views():
+    centred, plain_ = (
+        jax.jit(views.preference(Light, both, dropout=RATE, center_rewards_coefficient=x))
+        for x in (0.3, 0.0)
+    )
+    given = light(), pack(), jax.random.key(7)
+    gap = centred(*given)[1]['rm_loss'] - plain_(*given)[1]['rm_loss']
+    *_, z_VBMD = jax.device_get(parts_of(*given))
+    score_VBM = (z_VBMD @ np.asarray(light()['head']['kernel']))[..., 0]
+    rank_BM, each = pack().rank_PBM.reshape(-1, 3), []
+    for score_BM in score_VBM:
+        for score_M, rank_M in zip(score_BM, rank_BM, strict=True):
+            sums = [score_M[i] + score_M[k] for i in range(3) for k in range(3)
+                    if rank_M[i] >= 0 and rank_M[i] < rank_M[k]]  # fmt: skip
+            each += [np.mean(np.square(sums))] if sums else []
+    np.testing.assert_allclose(gap, 0.3 * np.mean(each), rtol=1e-4)
+
+
+def test_packs_in_which_candidates_share_their_prompt_are_found_out():
+    objective_ = jax.jit(views.preference(Light, both, dropout=RATE))
+    said = [objective_(light(), of, jax.random.key(0))[1] for of in (packed(shared()), pack())]
+    several = (np.diff(shared().first) > 1).mean()
+    np.testing.assert_allclose([x['shared'] for x in said], [several, 0], rtol=1e-6)
+    views.check_unshared(4, None, said[1])
+    with pytest.raises(ValueError, match=r'step 4: .*90% of the prompts .* tokens\.unshare'):
+        views.check_unshared(4, None, said[0])
+    of_members = {'shared': np.array([0.0, np.nan, 0.5])}
+    with pytest.raises(ValueError, match='50%'):
+        views.check_unshared(4, None, of_members)
+
+
+def test_prototypes_are_there_where_they_are_compared_with_and_nowhere_else():
+    key, w = jax.random.key(0), light()
+    without = {k: x for k, x in w.items() if k != 'prototypes'}
+    for contrast, params, expected in (
+        (contrastive.swav, without, r'\[.*\], expected the part, for swav'),
+        (functools.partial(contrastive.simcse, temperature=0.1), w, 'expected no such part'),
+    ):
+        with pytest.raises(ValueError, match=f'prototypes: found {expected}|{expected}'):
+            views.preference(Light, contrast)(params, pack(), key)
+    tx = views.on_sphere(optax.sgd(0.1))
+    head = {'head': w['head']}
+    with pytest.raises(ValueError, match=r"prototypes: found \['head'\], expected that part"):
+        tx.update(head, tx.init(head), head)
 
 
 def assert_same(found, want):

@@ -12,9 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxrm import sharding
+from jaxrm import fused, sharding
 from jaxrm.backbones import attention as attn
 from jaxrm.packing import Pack
 
@@ -163,10 +165,41 @@ class Linear(nn.Module):
             bias = _blended(self, 'bias', bias)
             y += _last(bias.astype(self.dtype), y.ndim)
         if self.has_variable('lora', 'a'):
-            a: Array = self.get_variable('lora', 'a')
-            b: Array = self.get_variable('lora', 'b')
-            y += (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
+            adapter: Any = {part: self.get_variable('lora', part) for part in 'ab'}
+            (more,) = _adapted(x, [adapter], self.dtype)
+            y += more
         return y
+
+
+class Joined(nn.Module):
+    """Several linears of the same x, whose kernels stand in one; see `fused`."""
+
+    widths: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, adapters):
+        kernel: Any = self.get_variable('params', 'kernel')
+        kernel = _blended(self, 'kernel', kernel).astype(self.dtype)
+        # As it is stored: reshaped, a scan would keep a copy of it for the backward pass.
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if self.has_variable('params', 'bias'):
+            bias: Any = self.get_variable('params', 'bias')
+            bias = _blended(self, 'bias', bias).astype(self.dtype)
+            y += bias.reshape((1,) * (y.ndim - 2) + bias.shape)
+        each = zip(fused.columns(y, self.widths), _adapted(x, adapters, self.dtype), strict=True)
+        return [one if more is None else one + more for one, more in each]
+
+
+def _adapted(x, adapters, dtype) -> list[Array | None]:
+    """What each adapter adds to its linear of x, None without one; their `a` in one product."""
+    found = [w for w in adapters if w is not None]
+    if not found:
+        return [None] * len(adapters)
+    a = jnp.concatenate([w['a'].astype(dtype) for w in found], axis=-1)
+    ends = np.cumsum([w['a'].shape[-1] for w in found])[:-1]
+    low = iter(jnp.split(checkpoint_name(x @ a, 'low'), ends, axis=-1))
+    return [None if w is None else next(low) @ w['b'].astype(dtype) for w in adapters]
 
 
 class RMSNorm(nn.Module):
@@ -214,14 +247,17 @@ class Block(nn.Module):
         self.q, self.o = linear('q', c.Q * c.H), linear('o', c.D)
         self.k, self.v = linear('k', c.K * c.H), linear('v', c.K * c.H)
         self.gate, self.up = linear('gate', c.F), linear('up', c.F)
+        heads = c.Q * c.H, c.K * c.H, c.K * c.H
+        self.qkv, self.kv = Joined(heads, self.dtype), Joined(heads[1:], self.dtype)
+        self.gate_up = Joined((c.F, c.F), self.dtype)
         self.down = linear('down', c.D)
         self.drop = nn.Dropout(self.dropout, deterministic=not self.dropout)
 
     def __call__(self, x_PND, pack: Pack, ropes: Ropes, kind=None):
         """The layer on every token of the stream; a pair, as a scan wants it."""
         h_PND, rope = self.attn_norm(x_PND), self._rope(ropes, kind)
-        q_PNQH = self._query(h_PND, rope)
-        k_PNKH, v_PNKH = self._key_value(h_PND, rope)
+        q, k, v = self._linears(h_PND, 'q', 'k', 'v')
+        q_PNQH, (k_PNKH, v_PNKH) = self._query(q, rope), self._key_value(k, v, rope)
         windows = [k.window for k in self.kinds]
         attention = attn.for_kind(self.attention, windows, kind, self.config.softcap)
         o_PNQH = attn.attend(q_PNQH, k_PNKH, v_PNKH, pack, attention)
@@ -231,10 +267,12 @@ class Block(nn.Module):
         """The layer's result [P, R, 2, D] at the chosen tokens, R over all row classes."""
         (kind,) = self.kinds
         h_PND, rope = self.attn_norm(x_PND), self._rope(ropes, 0)
-        k_PNKH, v_PNKH = self._key_value(h_PND, rope)
+        k, v = self._linears(h_PND, 'k', 'v')
+        k_PNKH, v_PNKH = self._key_value(k, v, rope)
         x_PRTD, h_PRTD = (attn.at_read(y, pack) for y in (x_PND, h_PND))
         cos, sin = (attn.at_read(y, pack) for y in rope)
-        q_PRTQH = self._query(h_PRTD, (cos, sin))
+        (q,) = self._linears(h_PRTD, 'q')
+        q_PRTQH = self._query(q, (cos, sin))
         o_PRTQH = attn.attend_at_read(
             q_PRTQH, k_PNKH, v_PNKH, pack, window=kind.window, softcap=self.config.softcap
         )
@@ -248,27 +286,39 @@ class Block(nn.Module):
         which = jnp.array(at, jnp.int32)[kind]
         return tuple(jax.lax.select_n(which, *tables) for tables in zip(*ropes, strict=True))
 
+    def _linears(self, x, *names):
+        """What each of them makes of x; in one product where one kernel holds them all."""
+        joined = fused.NAMES.get(names)
+        if joined and self.has_variable('params', joined):
+            adapters: list[Any] = [self.get_variable('lora', name) for name in names]
+            each = getattr(self, joined)(x, adapters)
+            return [checkpoint_name(y, name) for y, name in zip(each, names, strict=True)]
+        first, *rest = names
+        y = checkpoint_name(getattr(self, first)(x), first)
+        return [y, *(self._linears(x, *rest) if rest else ())]
+
     def _heads(self, x, n):
         return rearrange(x, '... (n h) -> ... n h', n=n)
 
-    def _query(self, h, rope):
+    def _query(self, q, rope):
         # Scaled here, on the stream: rows are longer, and not every kernel takes a scale.
         cos, sin = rope
-        q = self._heads(self.q(h), self.config.Q)
+        q = self._heads(q, self.config.Q)
         q = self.q_norm(q) if self.config.qk_norm else q
         return rotate(q, cos, sin, self.config.query_scale)
 
-    def _key_value(self, h, rope):
-        k, v = (self._heads(y, self.config.K) for y in (self.k(h), self.v(h)))
+    def _key_value(self, k, v, rope):
+        k, v = (self._heads(y, self.config.K) for y in (k, v))
         k = self.k_norm(k) if self.config.qk_norm else k
         return rotate(k, *rope), v
 
     def _residual(self, x, o):
         post, act = self.config.post_norms, ACTIVATIONS[self.config.activation]
-        y = self.o(rearrange(o, '... q h -> ... (q h)'))
+        (y,) = self._linears(rearrange(o, '... q h -> ... (q h)'), 'o')
         x += self.drop(self.attn_post_norm(y) if post else y)
         h = self.mlp_norm(x)
-        y = self.down(act(self.gate(h)) * self.up(h))
+        gate, up = self._linears(h, 'gate', 'up')
+        (y,) = self._linears(act(gate) * up, 'down')
         return x + self.drop(self.mlp_post_norm(y) if post else y)
 
 
@@ -290,16 +340,20 @@ class Embed(nn.Module):
         return x_PND if scale == 1 else x_PND * jnp.asarray(scale, self.dtype)
 
 
-REMAT = {
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+# What is kept of a layer beside what goes in, by name: results of linears, `low` those of `a`.
+KEPT = {
+    'full': (),
+    'mlp': ('gate', 'up', 'down', 'low'),
+    'dots': ('q', 'k', 'v', 'o', 'gate', 'up', 'down', 'low'),
 }
+REMAT = {how: jax.checkpoint_policies.save_only_these_names(*names) for how, names in KEPT.items()}
 
 
 class Decoder(nn.Module):
     """Pack -> float32 states after the final norm.
 
-    `remat` is 'none', 'dots' (keep the linears' results) or 'full' (keep the residual stream).
+    `remat` is 'none', 'dots' (keep the linears' results), 'mlp' (of them those of gate and up, and
+    of down where a norm follows) or 'full' (keep the residual stream alone).
     """
 
     config: Config
@@ -317,6 +371,8 @@ class Decoder(nn.Module):
         if read not in ('last', 'all'):
             raise ValueError(f"read: {read!r}, expected 'last' or 'all'")
         c, block = self.config, Block
+        if self.remat not in ('none', *REMAT):
+            raise ValueError(f'remat: found {self.remat!r}, expected none or one of {list(REMAT)}')
         if self.remat != 'none':
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         of = self.dtype, self.attention, dropout

@@ -1,0 +1,26 @@
+"""Compiled programs, kept on disk from one start to the next."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+FOLDER, LEAST = 'JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
+
+
+def keep(environ: Mapping[str, str]) -> None:
+    """Keeps all of them in the user's cache folder; to be called before anything is compiled.
+
+    What JAX's own variables say stays: JAX_COMPILATION_CACHE_DIR is another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false none. Programs hold the instructions of the machine that
+    compiled them, hence a folder for each. By default JAX keeps only what took it a second, which
+    at the start of a run leaves dozens to be compiled again.
+    """
+    if not environ.get(FOLDER):
+        given = environ.get('XDG_CACHE_HOME')
+        user = Path(given) if given else Path('~').expanduser() / '.cache'
+        folder = user / 'jaxrm' / 'programs' / platform.node()
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+    if not environ.get(LEAST):
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
