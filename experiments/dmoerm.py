@@ -85,7 +85,8 @@ def learned(
 ) -> tree.Tree:  # fmt: skip
     """What the members became, in one program with as many packs a step for each.
 
-    A member whose lesson ends before the longest one stays as it is. With `own` the leaves of
+    All have one schedule, of the longest lesson: a member whose lesson ends before stays as it is,
+    with a learning rate that has not come down yet. With `own` the leaves of
     `frozen` have a leading axis of bases, of which each lesson names one. saver(state, steps) gives
     the state to go on from, and what saves it.
     """

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import devices, dmoerm, gating
+from experiments import devices, dmoerm, gating, stored
 from experiments.dmoerm import Lesson, Pace
 from jaxrm import (
     backbones,
+    cache,
     checkpoint,
     data,
     evaluate,
@@ -80,14 +81,19 @@ def made(c: Any, flips: float, categories: Sequence[str] | None = None) -> World
     held_records, held, _ = pairs(c, like.tokenizer, held_sets, c.test_pairs, split='test',
                                   labels='gold')  # fmt: skip
     seed_n = np.array([sets[i][1] for i in of_n])
-    kept, _ = data.split_by_prompt(records, 0.4, seed=0)
-    first_n = np.isin(np.arange(len(records)), kept)
+    first_n = first(records)
     width, parts = like.config.D, sharding.data_parallel(mesh)
     shape = dmoerm.shape_of(pool, width, c.train_batch_size, parts)
     wide = dmoerm.shape_of(dmoerm.joined([pool, held]), width, 32)
     rm = reward.RewardModel(decoder, heads.Scalar())
     return World(c, rm, like.backbone, like.tokenizer, mesh, records, pool, seed_n, first_n,
                  held_records, held, shape, wide)  # fmt: skip
+
+
+def first(records: Sequence[Preference]) -> Array:
+    """[n] bool: those of the 60 % of the prompts that the bases learn from."""
+    kept, _ = data.split_by_prompt(records, 0.4, seed=0)
+    return np.isin(np.arange(len(records)), kept)
 
 
 def pairs(
@@ -114,8 +120,8 @@ def objective(w: World) -> train.Objective:
 
 
 def kept(w: World, name: str, make: Callable[[], tree.Tree]) -> tree.Tree:
-    """Parameters of an earlier cell, from the output folder, or made and put there."""
-    path = w.c.output_dir / f'{name}.npz'
+    """Parameters of an earlier cell of the same flags, from the output folder, or made for it."""
+    path = w.c.output_dir / f'{name}-{cache.digest(stored.flags(w.c))[:8]}.npz'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         flat = tree.flatten(jax.device_get(make()))
@@ -130,10 +136,17 @@ def kept(w: World, name: str, make: Callable[[], tree.Tree]) -> tree.Tree:
 
 def trained(w: World, lessons: Sequence[tuple[Array, int]], epochs: int | None = None) -> tree.Tree:
     """Whole models [E], each of rows of the pool with a seed."""
+    return taught_whole(w, [(tokens.select(w.pool, rows), seed) for rows, seed in lessons], epochs)
+
+
+def taught_whole(
+    w: World, lessons: Sequence[tuple[tokens.Tokens, int]], epochs: int | None = None
+) -> tree.Tree:
+    """Whole models [E], each of pairs with a seed."""
     c = w.c
     pace = Pace(c.learning_rate, epochs or c.num_train_epochs, c.train_batch_size)
     start_E = dmoerm.whole(w.rm, w.backbone, [seed for _, seed in lessons], w.rm.backbone.config.D)
-    given = [Lesson(tokens.select(w.pool, rows), seed) for rows, seed in lessons]
+    given = [Lesson(some, seed) for some, seed in lessons]
     return dmoerm.learned(pace, start_E, given, w.shape, objective(w), mesh=w.mesh)
 
 

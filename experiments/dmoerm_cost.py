@@ -6,8 +6,9 @@ Expect:  the table of costs of DMoERM in BENCHMARKS.md
 
 Random weights and tokens: nothing here depends on what was learned. A call scores `prompts` x
 `answers` answers; times are medians over `repeats` calls, memory is what the compiled program asks
-for: its arguments (weights among them) and its temporary arrays. The router reads each prompt once,
-whatever the number of its answers.
+for: its arguments (weights among them) and its temporary arrays. One by one is a call for each
+expert and one of the MLP, in the memory of the largest. The router reads each prompt once, whatever
+the number of its answers.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from jaxrm import heads, lora, members, packing, reward, tokens
 from jaxrm.backbones.layers import Decoder
 
 LETTERS = 1000  # token ids
+ONE_BY_ONE, MLP = 'DMoERM, one by one', 'the MLP'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +84,16 @@ def programs(c: Config) -> dict[str, tuple[Callable[..., Any], list[tuple[Any, A
              'head': model.init_head(key, c.experts, D)}  # fmt: skip
     router = reward.RewardModel(decoder, heads.Router(5))
     routing = {'backbone': both[0], 'head': router.init_head(key, D)}
+    z = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                     jax.eval_shape(model.features, whole, both[1]))  # fmt: skip
     each = [{'backbone': both[0], **members.select(expert_E, e)} for e in range(c.experts)]
     return {
         'single': (rm.score, [(base, both[1])]),
         f'ensemble of {c.members}': (members.scored(rm.score),
                                      [(({}, jax.tree.map(copies, base)), both[1])]),
         'router': (router.score, [(routing, batch(c, 0))]),
-        'DMoERM, one by one': (rm.features, [(one, both[1]) for one in each]),
+        ONE_BY_ONE: (rm.features, [(one, both[1]) for one in each]),
+        MLP: (model.rewards, [({'head': whole['head']}, z)]),
         'DMoERM, together': (model.score, [(whole, both[1])]),
     }  # fmt: skip
 
@@ -110,6 +115,9 @@ def measured(c: Config, fn: Callable[..., Any], calls: list[tuple[Any, Any]]) ->
 def main(c: Config) -> None:
     """Measure all, then print."""
     found = {name: measured(c, *of) for name, of in programs(c).items()}
+    mlp, one = found.pop(MLP), found[ONE_BY_ONE]
+    found[ONE_BY_ONE] = {k: max(x, mlp[k]) for k, x in one.items()}
+    found[ONE_BY_ONE]['seconds'] = one['seconds'] + mlp['seconds']
     count, first = c.prompts * c.answers, found['single']['seconds']
     rows = {
         name: [f'{1e3 * x["seconds"] / count:.2f}', f'{x["seconds"] / first:.2f}',

@@ -7,7 +7,7 @@ Expect:  CATEGORY/experts/CAPABILITY in the folder; accuracies are told by dmoer
 
 All experts of a category learn in one program, with as many packs a step for each; one whose
 labels are used up stays as it is. The base is frozen. Heads start as copies of the base's and
-learn, unless --freeze_head. Labels of a prompt of the test set are refused.
+learn, unless --freeze_head. Labels of a prompt of the test set, or of no expert, are refused.
 """
 
 import dataclasses
@@ -43,7 +43,11 @@ def main(c: Config) -> None:
         folder = c.output_dir / category
         dmoerm_phases.check_there(folder / mixture_files.BASE, 'dmoerm_base')
         names = found.plan.capabilities[category]
-        done = [dmoerm_phases.finished(folder / mixture_files.EXPERTS / name, c) for name in names]
+        base = mixture_files.digest(folder / mixture_files.BASE)
+        done = [
+            dmoerm_phases.finished(folder / mixture_files.EXPERTS / name, c, base_digest=base)
+            for name in names
+        ]
         if not all(done):
             experts(c, found, category, labels)
 
@@ -53,6 +57,7 @@ def labelled(c: Config, found: Found) -> list[Preference]:
     if c.labels:
         loaded = data.load(c.labels, layout=c.layout, chat=c.chat).records
         dmoerm_phases.check_apart(loaded, found.data.test, 'labels')
+        check_known(loaded, found)
         return loaded
     if c.dataset_train:
         raise ValueError('labels: found none, expected those of experiments.label_capabilities')
@@ -62,6 +67,20 @@ def labelled(c: Config, found: Found) -> list[Preference]:
         found.data.train, points, excluded=[r.messages for r in found.data.test]
     )
     return list(judge.labels(judge.verdicts(asked, answer), found.data.train))
+
+
+def check_known(labels: list[Preference], found: Found) -> None:
+    """Raises ValueError for labels of no expert; says how many are of prompts of their own."""
+    plan = found.plan
+    known = {judge.expert(k, name) for k in plan.categories for name in plan.capabilities[k]}
+    if odd := [label.group for label in labels if label.group not in known]:
+        expected = f'expected one of {sorted(known)}'
+        raise ValueError(
+            f'labels: found {len(odd)} of {len(labels)} of groups as {odd[0]!r}, {expected}'
+        )
+    human = {repr(record.messages) for record in found.data.train}
+    if own := sum(repr(label.messages) not in human for label in labels):
+        common.console.print(f'{own} of {len(labels)} labels are of prompts without a human label')
 
 
 def experts(c: Config, found: Found, category: str, labels: dict[str, list[Preference]]) -> None:

@@ -10,6 +10,7 @@ standard deviation of its scores there. All else is frozen: features are compute
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from experiments import common, dmoerm, dmoerm_phases
 from experiments.dmoerm_phases import Found, Phase
-from jaxrm import evaluate, features, members, mixture_files, routed
+from jaxrm import data, evaluate, features, hf, members, mixture_files, routed
 from jaxrm.data import Preference
 
 
@@ -40,16 +41,37 @@ def main(c: Config) -> None:
         dmoerm_phases.check_there(folder / mixture_files.BASE, 'dmoerm_base')
         for name in found.plan.capabilities[category]:
             dmoerm_phases.check_there(folder / mixture_files.EXPERTS / name, 'dmoerm_experts')
-        if category in normaliser and (folder / mixture_files.HEAD).exists():
-            common.console.print(f'{folder / mixture_files.HEAD} is there already')
-            continue
-        normaliser[category] = mlp(c, found, category)
+        mixture_files.check_experts(c.output_dir, category)
+        if category not in normaliser or not finished(c, category):
+            normaliser[category] = mlp(c, found, category)
     if normaliser != found.plan.normaliser:
         plan = dataclasses.replace(found.plan, normaliser=normaliser)
         mixture_files.write_plan(c.output_dir, plan)
-        (c.output_dir / 'result.json').unlink(missing_ok=True)
-    if found.data.test and not (c.output_dir / 'result.json').exists():
+    if found.data.test and not measured(c, found):
         measure(c, found)
+
+
+def finished(c: Config, category: str) -> bool:
+    """Whether an MLP is there, by these flags; ValueError for one of others or other experts."""
+    path = c.output_dir / category / mixture_files.HEAD
+    if not path.exists():
+        return False
+    mixture_files.check_head(c.output_dir, category)
+    was = json.loads(mixture_files.head_metadata(path).get('provenance', '{}'))
+    dmoerm_phases.check_same(path, was, dmoerm_phases.provenance(c))
+    return True
+
+
+def subject(c: Config, found: Found) -> dict[str, Any]:
+    """What result.json is of: the test set, and the MLPs, which say of which experts they are."""
+    heads = {k: mixture_files.digest(c.output_dir / k) for k in found.plan.categories}
+    return {'test': data.fingerprint(found.data.test), 'heads': heads}
+
+
+def measured(c: Config, found: Found) -> bool:
+    """Whether result.json is of this test set and these models."""
+    path = c.output_dir / 'result.json'
+    return path.exists() and hf.read_json(path).get('of') == subject(c, found)
 
 
 def mlp(c: Config, found: Found, category: str) -> tuple[float, float]:
@@ -66,7 +88,8 @@ def mlp(c: Config, found: Found, category: str) -> tuple[float, float]:
     mixing = dmoerm.Mixing(c.learning_rate, c.max_steps, c.train_batch_size, c.eval_steps,
                            c.weight_decay)  # fmt: skip
     head = members.select(dmoerm.mixed(mixing, model, [part], found.mesh), 0)
-    mixture_files.export_head(c.output_dir, category, head)
+    mixture_files.export_head(c.output_dir, category, head,
+                              provenance=dmoerm_phases.provenance(c))  # fmt: skip
     score_c = features.candidate_scores(
         jax.jit(features.scored(model.rewards)), {'head': head}, part.held_of, part.held,
         mesh=found.mesh,
@@ -89,7 +112,8 @@ def measure(c: Config, found: Found) -> None:
     hit = float(np.mean(chosen == [r.group for r in known]))
     common.table('accuracy by route', rows, ['all', *found.plan.categories], paste=True)
     common.console.print(f'prompts that the router names right: {hit:.3f}')
-    common.write_json(c.output_dir / 'result.json', {'accuracy': said, 'router': hit})
+    result = {'of': subject(c, found), 'accuracy': said, 'router': hit}
+    common.write_json(c.output_dir / 'result.json', result)
 
 
 def right(records: Sequence[Preference], scores: Sequence[Any]) -> np.ndarray:

@@ -7,7 +7,7 @@ one folder (jaxrm.mixture_files), and leaves alone what the phases before it wro
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from jaxrm import (
     bundle,
     data,
     hf,
+    judge,
     mixture,
     mixture_files,
     resume,
@@ -91,16 +92,21 @@ def load(c: Phase, categories: Sequence[str]) -> Data:
 
 
 def check_apart(records: Sequence[Preference], test: Sequence[Preference], what: str) -> None:
-    """Raises ValueError for a prompt on both sides."""
-    held = {repr(record.messages) for record in test}
+    """Raises ValueError for a prompt on both sides, whatever its spaces and its form."""
+
+    def key(record: Preference) -> str:
+        ids = isinstance(record.messages, data.Ids)
+        return repr(record.messages) if ids else judge.words(record.messages)
+
+    held = set(map(key, test))
     for n, record in enumerate(records):
-        if repr(record.messages) in held:
+        if key(record) in held:
             raise ValueError(f'{what}: record {n}: found a prompt of the test set')
 
 
 def capabilities(path: Path | None, categories: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """By category, in the order of the file; without one those of the world."""
-    given = WORLD if path is None else json.loads(path.read_text(encoding='utf-8'))
+    given = WORLD if path is None else judge.read_points(path)
     names = categories or tuple(given)
     if missing := [name for name in names if not given.get(name)]:
         raise ValueError(f'capabilities: found none of {missing[0]!r}, expected at least one')
@@ -193,24 +199,29 @@ def held(some: tokens.Tokens, records: Sequence[Preference], share: float) -> np
 # Going on
 
 
-def finished(path: Path, c: Phase) -> bool:
-    """Whether a part is there, by these flags; ValueError for one of others."""
+def finished(path: Path, c: Phase, **more: Any) -> bool:
+    """Whether a part is there, by these flags and `more`; ValueError for one of others."""
     if not path.exists():
         return False
-    was = hf.read_json(path / bundle.FILE)['provenance']
-    now = json.loads(json.dumps(provenance(c)))
+    check_same(path, hf.read_json(path / bundle.FILE)['provenance'], {**provenance(c), **more})
+    return True
+
+
+def check_same(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Says that a part is there; ValueError for one whose provenance is not the present one."""
+    now = json.loads(json.dumps(now))
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             raise ValueError(
                 f'{path}: is of a run with {name} {was.get(name)!r}, not {now.get(name)!r}'
             )
     common.console.print(f'{path} is there already')
-    return True
 
 
 def provenance(c: Phase) -> dict[str, Any]:
-    """The flags that a part depends on, as JSON values."""
-    given = {k: v.name if isinstance(v, Path) else v for k, v in common.identity(c).items()}
+    """The flags that a part depends on, as JSON values; no part depends on the test set."""
+    flags = {k: v for k, v in common.identity(c).items() if k not in ('dataset_test', 'test_pairs')}
+    given = {k: v.name if isinstance(v, Path) else v for k, v in flags.items()}
     return {'experiment': type(c).__module__.rpartition('.')[2], **given}
 
 

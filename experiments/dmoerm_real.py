@@ -13,7 +13,6 @@ Pairs over `max_length` tokens are left out.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import common, devices, dmoerm, gating
+from experiments import common, devices, dmoerm, dmoerm_phases, gating, stored
 from experiments.dmoerm import Lesson, Pace
 from jaxrm import (
     backbones,
@@ -78,16 +77,19 @@ def made(c: Config, folder: Path) -> World:
     attend = attention.default(like.dtype, like.config, mesh)
     decoder = backbones.family(like.model_type).Backbone(like.config, like.dtype, attend)
     sides: list[Any] = []
+    parts: list[list[data.Preference]] = []
     for split, most in (('train', None), ('test', c.test_pairs)):
         records = [
             record._replace(group=name)
             for name in c.sets
             for record in data.load(folder / f'{name}.{split}.jsonl.gz', chat=True).records
         ]
+        parts.append(records)
         some = tokens.encode(records, like.tokenizer, max_length=c.max_length).tokens
         at = [np.flatnonzero(some.group == k)[:most] for k in range(len(c.sets))]
         some = tokens.select(some, np.concatenate(at))
         sides += [some, [mixture.asked(records[i]) for i in some.record]]
+    dmoerm_phases.check_apart(*parts, 'train')
     return World(reward.RewardModel(decoder, heads.Scalar()), like, mesh, *sides)
 
 
@@ -154,18 +156,13 @@ def routes(c: Config, w: World, at: Array, seed: int) -> Array:
 
 def flags(c: Config) -> dict[str, Any]:
     """Those that a cell depends on."""
-    aside = {'results', 'seeds', 'only_table', 'model_name_or_path', *devices.ASIDE}
-    given = {k: v for k, v in dataclasses.asdict(c).items() if k not in aside}
-    return json.loads(json.dumps(given))
+    return {k: v for k, v in stored.flags(c).items() if k != 'seeds'}
 
 
 def table(c: Config) -> None:
     """Accuracy of each set and of all, over seeds; what the routed models add to the single one."""
-    paths = [path for seed in c.seeds if (path := c.results / f'{seed}.json').exists()]
-    found = [json.loads(path.read_text()) for path in paths]
-    for path, one in zip(paths, found, strict=True):
-        if one['flags'] != flags(c):
-            raise ValueError(f'{path}: is of a run with {one["flags"]}, not {flags(c)}')
+    cells = (stored.read(c.results / f'{seed}.json', flags(c)) for seed in c.seeds)
+    found = [cell for cell in cells if cell is not None]
     if not found:
         return
     set_n, prompt_n = (np.array(found[0][k]) for k in ('set', 'prompt'))

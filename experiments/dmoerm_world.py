@@ -8,8 +8,9 @@ Expect:  the tables of DMoERM in BENCHMARKS.md
 
 Three categories with three capabilities each, of which two conflict. Human labels are sampled, and
 a share of them turned round; capability labels come from a stand-in judge. A cell is one way to
-train and one share; all seeds of a cell learn in one program. Accuracy is on pairs of common
-held-out prompts, by the true order.
+train and one share; all seeds of a cell learn in one program, by one schedule of the longest
+lesson: a model with fewer pairs stops before the learning rate has come down. Accuracy is on pairs
+of common held-out prompts, by the true order.
 """
 
 import dataclasses
@@ -41,8 +42,9 @@ class Config(devices.Devices):
     output_dir: Path = Path('runs/dmoerm_world')  # of models, which the tables do not need
     results: Path = RESULTS
     cells: tuple[str, ...] = (
-        'single-0.25', 'routed-0.25', 'full-0.25', 'overall labels-0.25', 'no outer layer-0.25',
-        'judge-0.25', 'ensembles-0.25', 'best of n-0.25', 'conflict-0.25', 'no swap filter-0.25',
+        'single-0.25', 'routed-0.25', 'full-0.25', 'overall labels-0.25', 'judge overall-0.25',
+        'no outer layer-0.25', 'judge-0.25', 'ensembles-0.25', 'best of n-0.25', 'conflict-0.25',
+        'no swap filter-0.25',
         'single-0.0', 'routed-0.0', 'full-0.0', 'ensembles-0.0', 'best of n-0.0',
         'best of n, far-0.25', 'best of n, far-0.0',
     )  # fmt: skip
@@ -137,12 +139,17 @@ def relabelled(w: World, winner_n: Array, at: Array) -> tokens.Tokens:
     return dmoerm.relabelled(tokens.select(w.pool, at), winner_n[at])
 
 
-def inner(w: World, flips: float, name: str, lessons: Any) -> tuple[Any, list[Any]]:
-    """The inner models of all groups, and what each says of all held-out answers."""
+def taught(w: World, flips: float, name: str, lessons: Any) -> Any:
+    """The inner models of all groups, on the task bases."""
     base_G = dmoerm_arms.specialists(w, flips, True)
     mixing = [w.rows(s, k, False) for s, k in w.groups()]
-    made = dmoerm_arms.taught(w, f'{name}-{flips}', base_G, lessons, mixing)
-    return made, [dmoerm_arms.says(w, made, g, w.held) for g in range(len(mixing))]
+    return dmoerm_arms.taught(w, f'{name}-{flips}', base_G, lessons, mixing)
+
+
+def inner(w: World, flips: float, name: str, lessons: Any) -> tuple[Any, list[Any]]:
+    """The same, and what each says of all held-out answers."""
+    made = taught(w, flips, name, lessons)
+    return made, [dmoerm_arms.says(w, made, g, w.held) for g in range(len(w.groups()))]
 
 
 def said_by(w: World, made: Any, found: list[Any]) -> dict[str, Array]:
@@ -210,6 +217,29 @@ def overall(w: World, flips: float) -> dict[str, Any]:
     return {'rows': {k: right(w, x) for k, x in out.items()}}
 
 
+def judge_overall(w: World, flips: float) -> dict[str, Any]:
+    """What decomposition adds: as many experts, of the judge's labels as a whole.
+
+    Prompts, swap filter, experts and passes are those of `full`. And a single model of the human
+    labels and these.
+    """
+    count = len(next(iter(w.c.capabilities.values())))
+    winner, said = dmoerm_arms.winners(w, [None])
+    lessons = [[relabelled(w, winner[None], w.rows(s, k))] * count for s, k in w.groups()]
+    score = said_by(w, *inner(w, flips, 'judge overall', lessons))
+    out = {f'judge overall{k}': routed_by(x, w.held.group, w.held) for k, x in score.items()}
+    both = [
+        dmoerm.joined([tokens.select(w.pool, at), relabelled(w, winner[None], at)])
+        for at in map(w.rows, w.c.seeds)
+    ]
+    of = [(some, 1000 * s) for some, s in zip(both, w.c.seeds, strict=True)]
+    params_S = dmoerm_arms.kept(
+        w, f'single judged-{flips}', lambda: dmoerm_arms.taught_whole(w, of)
+    )
+    out['single, judge too'] = dmoerm_arms.scores(w, params_S, w.held)
+    return {'rows': {k: right(w, x) for k, x in out.items()}, 'judge': said}
+
+
 def no_outer(w: World, flips: float) -> dict[str, Any]:
     """One inner model of all categories, with an expert of every capability by name."""
     c = w.c
@@ -253,16 +283,14 @@ def best_of_n(w: World, flips: float, *, policy: float = 0.5) -> dict[str, Any]:
     """Gold against proxy of what each picks among samples of a policy that has moved so far."""
     singles = dmoerm_arms.ensembles(w, flips)
     alone = dmoerm_arms.specialists(w, flips)
-    base_G = dmoerm_arms.specialists(w, flips, True)
-    count = len(next(iter(w.c.capabilities.values())))
-    made = dmoerm_arms.taught(w, f'full-{flips}', base_G, [[None] * count] * len(w.groups()), None)
+    made = taught(w, flips, 'full', lessons_of(w, True)[0])
     return dmoerm_samples.curves(w, singles, alone, made, policy)
 
 
 CELLS = {
     'single': single, 'ensembles': ensembles, 'routed': routed, 'full': full,
-    'overall labels': overall, 'no outer layer': no_outer, 'no swap filter': no_swap,
-    'conflict': conflict, 'judge': judged, 'best of n': best_of_n,
+    'overall labels': overall, 'judge overall': judge_overall, 'no outer layer': no_outer,
+    'no swap filter': no_swap, 'conflict': conflict, 'judge': judged, 'best of n': best_of_n,
     'best of n, far': functools.partial(best_of_n, policy=1.0),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ def main(c: Config) -> None:
     """Ask what is not answered yet, then write the labels."""
     endpoint, pace = settings(c)
     found = data.load(c.dataset_name, split=c.split, layout=c.layout, chat=c.chat)
-    points = None if c.capabilities is None else read_points(c.capabilities)
+    points = None if c.capabilities is None else judge.read_points(c.capabilities)
     hidden = [data.load(n, layout=c.layout, chat=c.chat).records for n in c.exclude]
     excluded = [record.messages for records in hidden for record in records]
     ask = functools.partial(
@@ -88,7 +88,7 @@ def main(c: Config) -> None:
     common.console.print(
         f'{found.mapping}\n{len(plan.todo)} questions to ask, {plan.cached} answered already: '
         f'about {tokens[0]} tokens of prompts, at most {tokens[1]} of answers, '
-        f'${price.of(*tokens):.2f}'
+        f'{cost(price, tokens)}'
     )
     if c.dry_run:
         return
@@ -97,7 +97,8 @@ def main(c: Config) -> None:
         spent = asked(c, plan, endpoint, replies, pace, price, secret)
     answer = judge_client.answers(endpoint, replies)
     verdicts = list(judge.verdicts(ask(), answer, judge.PARSE[c.parse]))
-    write(c, found, verdicts, plan, spent, price)
+    total = taken((question for each in ask() for question in each.questions), endpoint, replies)
+    write(c, found, verdicts, plan, spent, total, price)
 
 
 def settings(c: Config) -> tuple[Endpoint, judge_client.Pace]:
@@ -117,26 +118,26 @@ def settings(c: Config) -> tuple[Endpoint, judge_client.Pace]:
     return endpoint, pace
 
 
-def read_points(path: Path) -> dict[str, dict[str, str]]:
-    """Capabilities of each group, with definitions."""
-    given = json.loads(path.read_text(encoding='utf-8'))
-    if not isinstance(given, dict):
-        raise ValueError(f'{path}: found {files.kind(given)}, expected an object of groups')
-    found = {}
-    for group, names in given.items():
-        named = dict.fromkeys(names, '') if isinstance(names, list) else names
-        if not isinstance(named, dict) or not all(isinstance(x, str) for x in named.values()):
-            raise ValueError(f'{path}: {group!r}: expected names, or names with their definitions')
-        found[group] = named
-    return found
-
-
 def key(c: Config) -> str | None:
     """The key from the environment; OpenAI's own address needs one."""
     found = os.environ.get(c.api_key_env) or None
     if found is None and c.base_url == OPENAI:
         raise ValueError(f'{c.base_url}: found no key, expected it in ${c.api_key_env}')
     return found
+
+
+def cost(price: Price, tokens: tuple[float, float]) -> str:
+    """What so many tokens of prompts and answers cost, as far as that is known."""
+    return f'${price.of(*tokens):.2f}' if any(price) else 'no price given'
+
+
+def taken(
+    questions: Iterable[judge.Question], endpoint: Endpoint, replies: judge_cache.Cache
+) -> tuple[int, int]:
+    """Tokens of prompts and of answers of all questions, whichever run asked them."""
+    keys = {endpoint.key(endpoint.request(question)) for question in questions}
+    found = [reply for key in keys if (reply := replies.get(key)) is not None]
+    return sum(x.prompt_tokens for x in found), sum(x.completion_tokens for x in found)
 
 
 def asked(
@@ -158,8 +159,9 @@ def asked(
         task = bar.add_task('', total=len(plan.todo), said='')
 
         def say(now: judge_client.Progress) -> None:
-            cost = price.of(now.prompt_tokens, now.completion_tokens)
-            said = f'${cost:.2f} of ${price.of(*now.whole()):.2f}, {now.unread} name no reply'
+            so_far = cost(price, (now.prompt_tokens, now.completion_tokens))
+            whole = f' of {cost(price, now.whole())}' if any(price) else ''
+            said = f'{so_far}{whole}, {now.unread} name no reply'
             bar.update(task, completed=now.done, said=said)
 
         options: dict[str, Any] = {
@@ -180,9 +182,13 @@ def write(
     verdicts: list[judge.Verdict],
     plan: judge_client.Plan,
     spent: judge_client.Progress,
+    total: tuple[int, int],
     price: Price,
 ) -> None:
-    """labels.jsonl and statistics.json, and what they say."""
+    """labels.jsonl and statistics.json, and what they say; tokens and cost are those of all runs.
+
+    A question that was sent again after a fault is counted once, as it was answered.
+    """
     labels = judge.labels(verdicts, found.records, swap=c.swap_filter)
     count = judge.write(c.output_dir / 'labels.jsonl', labels)
     groups = judge.statistics(verdicts, found.records)
@@ -191,14 +197,14 @@ def write(
     common.table(f'{c.model}: labels of {c.dataset_name}', rows, list(SHOWN.values()))
     said: dict[str, Any] = {'model': c.model, 'base_url': c.base_url, 'labels': count}
     said |= {'cached': plan.cached, 'asked': spent.done, 'skipped': spent.skipped}
-    said |= {'prompt_tokens': spent.prompt_tokens}
-    said |= {'completion_tokens': spent.completion_tokens}
-    said |= {'dollars': price.of(spent.prompt_tokens, spent.completion_tokens)}
+    said |= {'prompt_tokens': total[0], 'completion_tokens': total[1]}
+    said |= {'dollars': price.of(*total) if any(price) else None}
     if c.capabilities is None:
         said |= accuracy(found, verdicts)
     said['groups'] = {k: dict(zip(SHOWN, row, strict=True)) for k, row in rows.items()}
     common.write_json(c.output_dir / 'statistics.json', said)
-    common.console.print(f'{count} labels, ${said["dollars"]:.2f}; files are in {c.output_dir}')
+    tokens = f'{total[0]} + {total[1]} tokens, {cost(price, total)}'
+    common.console.print(f'{count} labels, {tokens}; files are in {c.output_dir}')
 
 
 def accuracy(found: data.Loaded, verdicts: list[judge.Verdict]) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from jaxrm.judge_cache import Reply
 OPENAI = 'https://api.openai.com/v1'
 PASSING = {408, 409, 425, 429}  # HTTP status codes that another attempt may mend, as may 5xx
 OWN = ('model', 'messages', 'temperature', 'max_tokens')  # fields of a request
+PART = 8  # as many characters of a key in a row are not to be seen
 SPENT = {'insufficient_quota', 'billing_hard_limit_reached'}  # 429 that no waiting mends
 
 
@@ -176,7 +177,22 @@ def _quoted(error: Any, key: str | None) -> str:
     """The server's own words, cut short and without the key."""
     body = error.body if isinstance(error.body, dict) else {}
     said = ' '.join(str(body.get('message') or error.body or 'no message').split())
-    return (said.replace(key, '***') if key else said)[:300]
+    return masked(said, key)[:300]
+
+
+def masked(said: str, key: str | None) -> str:
+    """The text without the key, nor any part of it that is long enough to tell."""
+    if not key:
+        return said
+    size, out, at = min(PART, len(key)), [], 0
+    parts = {key[i : i + size] for i in range(len(key) - size + 1)}
+    hidden = [any(said[j : j + size] in parts for j in range(max(0, i - size + 1), i + 1))
+              for i in range(len(said))]  # fmt: skip
+    while at < len(said):
+        end = next((i for i in range(at, len(said)) if hidden[i] != hidden[at]), len(said))
+        out.append('***' if hidden[at] else said[at:end])
+        at = end
+    return ''.join(out)
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float:

@@ -6,10 +6,14 @@
     CATEGORY/experts/CAPABILITY/   a PEFT adapter of that base, with a head of its own
     CATEGORY/mixture.safetensors   the MLP, named as by torch's Sequential(Linear, PReLU, Linear)
 
-Each training phase adds its part, so that the next one starts from files.
+Each training phase adds its part, so that the next one starts from files. An expert says of which
+base it is, by a digest of its weights, and an MLP of which experts and in which order: what stands
+on others is refused. Parts that were made elsewhere say nothing, and are taken as they are.
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +21,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from jaxrm import backbones, checkpoint, heads, hf, mixture, processes, tree
+from jaxrm import backbones, bundle, checkpoint, heads, hf, mixture, processes, tree
 from jaxrm.backbones import attention
 from jaxrm.checkpoint import Pretrained
 from jaxrm.reward import RewardModel
@@ -100,16 +105,97 @@ def read_plan(path: str | Path) -> Plan:
         raise ValueError(f'{where}: version: found {version!r}, expected 1')
     if set(found) != fields:
         raise ValueError(f'{where}: found {sorted(found)}, expected {sorted(fields)}')
+    _check_kinds(where, found)
     try:
         found['categories'] = tuple(found['categories'])
         found['capabilities'] = {k: tuple(v) for k, v in found['capabilities'].items()}
         if found['normaliser'] is not None:
             found['normaliser'] = {k: tuple(v) for k, v in found['normaliser'].items()}
         return Plan(**found)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f'{where}: {error}') from error
-    except ValueError as error:
-        raise ValueError(f'{where}: {error}') from error
+
+
+def _check_kinds(where: Path, found: Mapping[str, Any]) -> None:
+    """A string is a list of letters, and 3 has none: such fields are named."""
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(type(x) in (int, float) for x in value)
+
+    def every(check: Any) -> Any:
+        return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+    kinds = {
+        'categories': (names, 'a list of names'),
+        'capabilities': (every(names), 'lists of names by category'),
+        'normaliser': (lambda x: x is None or every(numbers)(x), 'mean and std by category'),
+        'provenance': (lambda x: isinstance(x, dict), 'an object'),
+    }
+    for field, (right, expected) in kinds.items():
+        if not right(found[field]):
+            raise ValueError(f'{where}: {field}: found {found[field]!r}, expected {expected}')
+
+
+# Which parts belong together
+
+
+def digest(folder: Path) -> str:
+    """Of the weights in a checkpoint's folder; of an adapter with its settings."""
+    out = hashlib.sha256()
+    for file in sorted([*folder.glob('*.safetensors'), *folder.glob(hf.ADAPTER)]):
+        with open(file, 'rb') as opened:
+            out.update(hashlib.file_digest(opened, 'sha256').digest())
+    return out.hexdigest()
+
+
+def digests(path: str | Path, category: str) -> dict[str, str]:
+    """Of a category's experts, in the order of the plan."""
+    names, folder = read_plan(path).capabilities[category], _of(path, category) / EXPERTS
+    return {name: digest(folder / name) for name in names}
+
+
+def check_experts(path: str | Path, category: str) -> None:
+    """Raises ValueError for an expert that learned on another base than the one that is there."""
+    folder = _of(path, category)
+    base = digest(folder / BASE)
+    for name in read_plan(path).capabilities[category]:
+        where = folder / EXPERTS / name / bundle.FILE
+        said = hf.read_json(where) if where.exists() else {}
+        was = said.get('provenance', {}).get('base_digest', base)
+        if was != base:
+            found = f'is of a base {was[:12]}, found {base[:12]} in {BASE}'
+            raise ValueError(f'{where.parent}: {found}: it was replaced')
+
+
+def check_head(path: str | Path, category: str) -> None:
+    """Raises ValueError for an MLP that learned on other experts, or in another order."""
+    where = _of(path, category) / HEAD
+    said = head_metadata(where).get('experts')
+    if said is None:
+        return
+    was, now = json.loads(said), digests(path, category)
+    if list(was) != list(now):
+        raise ValueError(f'{where}: is of experts {list(was)}, expected {list(now)}')
+    for name, found in now.items():
+        if was[name] != found:
+            here = f'is of {name!r} {was[name][:12]}, found {found[:12]} in {EXPERTS}'
+            raise ValueError(f'{where}: {here}: it was replaced')
+
+
+def head_metadata(where: Path) -> dict[str, str]:
+    """What an MLP's file says of itself: 'experts' and 'provenance', values of JSON."""
+    return _read_head(where)[1]
+
+
+def _read_head(where: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(where, 'numpy') as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{where}: cannot be read: {error}') from error
 
 
 # Parts out; each is what one phase learns
@@ -132,7 +218,13 @@ def export_experts(
     path: str | Path, category: str, experts: tree.Tree, like: Pretrained, *, lora_scale: float,
     **options: Any,
 ) -> None:  # fmt: skip
-    """A category's experts, {'lora', 'head'} with a leading E, in the order of the plan."""
+    """A category's experts, {'lora', 'head'} with a leading E, in the order of the plan.
+
+    The base is in the folder already: their provenance names it. Options as in
+    checkpoint.export_adapter.
+    """
+    base = {'base_digest': processes.first() and digest(_of(path, category) / BASE)}
+    provenance = {**(options.pop('provenance', None) or {}), **base}
     names, flat = read_plan(path).capabilities[category], tree.flatten(experts)
     if odd := {name: x.shape for name, x in flat.items() if len(x) != len(names)}:
         raise ValueError(f'experts: found {odd}, expected a leading axis of {len(names)}')
@@ -140,18 +232,22 @@ def export_experts(
         one = tree.unflatten({leaf: x[i] for leaf, x in flat.items()})
         checkpoint.export_adapter(
             _of(path, category) / EXPERTS / name, one, like,
-            lora_scale=lora_scale, base=f'{category}/{BASE}', **options,
+            lora_scale=lora_scale, base=f'{category}/{BASE}', provenance=provenance, **options,
         )  # fmt: skip
 
 
-def export_head(path: str | Path, category: str, head: tree.Tree) -> None:
-    """A category's MLP."""
+def export_head(
+    path: str | Path, category: str, head: tree.Tree, *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """A category's MLP, whose experts are in the folder already."""
     flat = {leaf: np.asarray(x) for leaf, x in processes.to_first(tree.flatten(head)).items()}
     out = {name: np.ascontiguousarray(_turned(name, flat[leaf])) for name, leaf in NAMES.items()}
 
     def write() -> None:
         part = _of(path, category) / f'.{HEAD}'
-        save_file(out, part, metadata={'format': 'pt'})
+        said = {'experts': digests(path, category), 'provenance': dict(provenance or {})}
+        text = {name: json.dumps(value) for name, value in said.items()}
+        save_file(out, part, metadata={'format': 'pt', **text})
         part.replace(part.with_name(HEAD))
 
     processes.alone(write)
@@ -211,7 +307,7 @@ def load_head(path: str | Path, category: str, *, experts: int, width: int) -> t
     where = _of(path, category) / HEAD
     if not where.exists():
         raise ValueError(f'{where}: no such file, expected the MLP of {category!r}')
-    found = load_file(where)
+    found, _ = _read_head(where)
     if set(found) != set(NAMES):
         raise ValueError(f'{where}: found {sorted(found)}, expected {sorted(NAMES)}')
     hidden = found['mlp.0.weight'].shape[0]
@@ -226,11 +322,16 @@ def load_head(path: str | Path, category: str, *, experts: int, width: int) -> t
 def load_inner(
     path: str | Path, category: str, *, dtype: Any = None, mesh: Any = None
 ) -> tuple[mixture.Mixture, tree.Tree, Pretrained]:
-    """A category's whole inner model: its functions, its parameters, and its base as found."""
+    """A category's whole inner model: its functions, its parameters, and its base as found.
+
+    Raises ValueError for parts that do not belong together.
+    """
     base = load_base(path, category, dtype=dtype)
     experts, scale = load_experts(path, category, base)
     count = len(tree.flatten(experts['head'])['kernel'])
     head = load_head(path, category, experts=count, width=base.config.D)
+    check_experts(path, category)
+    check_head(path, category)
     model = mixture.Mixture(
         reward_model(base, mesh, scale), heads.Mixture(head['hidden']['bias'].shape[0])
     )

@@ -203,6 +203,17 @@ def test_the_key_is_seen_nowhere(tmp_path, caplog, capfd):
     assert not any(KEY in text for text in (said, *logs, *files, *capfd.readouterr()))
 
 
+def test_no_long_part_of_a_key_is_shown():
+    """Eight characters of it in a row tell too much; seven are chance."""
+    said = f'no {KEY}, sk-not-t...3456789, not {KEY[:7]} or {KEY[3:11]}{KEY[5:20]}.'
+    found = judge_endpoint.masked(said, KEY)
+    assert found == f'no ***, ***...3456789, not {KEY[:7]} or ***.'
+    assert judge_endpoint.masked('key abc', 'abc') == 'key ***'
+    assert judge_endpoint.masked('none', None) == 'none'
+    parts = {KEY[i : i + 8] for i in range(len(KEY) - 7)}
+    assert not any(part in found for part in parts)
+
+
 @pytest.mark.parametrize('key', [f'{KEY}\n', f' {KEY}', f'{KEY}\u2028', 'sk-ü'])
 def test_keys_no_header_can_have(key):
     async def main():

@@ -85,6 +85,8 @@ def test_labels(config, capsys):
     said = json.loads((config.output_dir / 'statistics.json').read_text())
     assert said['labels'] == said['groups']['all']['kept'] == len(found) > 5
     assert (said['asked'], said['cached']) == (0, asked)
+    assert (said['prompt_tokens'], said['completion_tokens']) == (100 * asked, 2 * asked)
+    assert said['dollars'] == pytest.approx((asked * 100 * 1e4 + asked * 2 * 1e5) / 1e6)
     assert said['groups']['facts/verbosity']['retention'] > 0.7
     out = capsys.readouterr().out
     assert f'{asked} questions to ask, 0 answered already' in out
@@ -97,6 +99,17 @@ def test_dry_run_asks_and_writes_nothing(config, capsys):
         assert server.asked == []
     assert not config.output_dir.exists()
     assert f'{count(config)} questions to ask, 0 answered already' in capsys.readouterr().out
+
+
+def test_without_prices_nothing_is_said_to_be_free(config, capsys):
+    with served(Endpoint(knowing)) as server:
+        free = {'price_prompt': 0.0, 'price_completion': 0.0, 'base_url': server.url}
+        label_capabilities.main(dataclasses.replace(config, **free))
+    said = json.loads((config.output_dir / 'statistics.json').read_text())
+    assert said['dollars'] is None
+    out = ' '.join(capsys.readouterr().out.split())
+    assert f'{100 * count(config)} + {2 * count(config)} tokens, no price given' in out
+    assert '$' not in out
 
 
 def test_overall_is_the_judge_as_a_baseline(config, capsys):

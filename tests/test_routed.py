@@ -179,11 +179,31 @@ def test_the_command_scores_and_evaluates(rm, folder, tmp_path, monkeypatch, cap
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     right = np.mean([row['score_chosen'] > row['score_rejected'] for row in found])
     assert results['sets']['pairs']['all']['accuracy']['mean'] == pytest.approx(right)
+    given(rm, folder, data, monkeypatch)
     monkeypatch.undo()
     with pytest.raises(ValueError, match='expected no base to go with it'):
         jaxrm.load(folder, base=GOLDENS / 'seqcls')
     with pytest.raises(ValueError, match='found no DMoERM'):
         jaxrm.load(GOLDENS / 'seqcls', normalise=True)
+
+
+def given(rm, folder, data, monkeypatch):
+    """The command with --route and --normalise."""
+    rows = [{'prompt': chat(a), 'chosen': 'So it is.', 'rejected': 'No.', 'group': CATEGORIES[1]}
+            for a in ASKS]  # fmt: skip
+    data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    monkeypatch.setattr(
+        jaxrm.loading, 'load',
+        lambda *_, **options: dataclasses.replace(rm, normalise=options['normalise']),
+    )  # fmt: skip
+    out = data.with_name('gold.jsonl')
+    monkeypatch.setattr('sys.argv', ['jaxrm', 'score', '--model', str(folder), '--dataset',
+                                     str(data), '--output', str(out), '--route', 'gold',
+                                     '--normalise'])  # fmt: skip
+    cli.main()
+    found = [json.loads(line)['score_chosen'] for line in out.read_text().splitlines()]
+    raw = rm.inner[1].score([chat(a, 'So it is.') for a in ASKS])
+    assert_close(found, (raw + 1) / 0.25, 1e-5)
 
 
 def broken(folder, tmp_path, change):
