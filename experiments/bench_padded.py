@@ -26,7 +26,7 @@ class Config:
     hidden_size: int = 256
     num_hidden_layers: int = 4
     vocabulary: int = 1024
-    tokens: int = 2048  # of a pack
+    tokens: int = 4096  # of a pack
     train_batch_size: int = 8  # pairs of a padded batch
     rounds: int = 10
 
