@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def cut(records: list[Preference], tokenizer: Any, most: int) -> list[Preference
 def short(path: str | Path) -> str:
     """What a model or a file is called in tables: a folder `model` by the one that it is in."""
     parts = [part for part in Path(path).parts if part != 'model']
-    return parts[-1].partition('.')[0].removesuffix('_candidates')
+    return re.sub(r'(_candidates)?(\.jsonl?(\.gz)?)?$', '', parts[-1])
 
 
 def learn(c: Config, files: dict[str, str]) -> None:

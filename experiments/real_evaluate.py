@@ -41,7 +41,7 @@ def evaluate(model: Path, files: list[Path]) -> dict[str, Any]:
         data = [x for file in files for x in ('--data', file)]
         command = ['evaluate', '--model', model, *data, '--output', Path(folder) / 'out',
                    '--chat', '--truncate', 'left', '--no-pictures']  # fmt: skip
-        subprocess.run([sys.executable, '-m', 'jaxrm.cli', *map(str, command)], check=True)
+        subprocess.run([sys.executable, '-m', 'jaxrm', *map(str, command)], check=True)
         return json.loads((Path(folder) / 'out' / 'results.json').read_text())['sets']
 
 

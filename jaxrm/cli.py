@@ -362,7 +362,3 @@ def main() -> None:
         line = ' '.join(str(error).split())
         print(f'jaxrm: {line}', file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == '__main__':
-    main()

@@ -63,7 +63,7 @@ def _dot(equation) -> int:
     return 2 * equation.outvars[0].aval.size * math.prod(lhs.shape[i] for i in contract)
 
 
-def _inner(equation) -> Iterator[Any]:
+def inner(equation) -> Iterator[Any]:
     """The jaxprs among an equation's parameters."""
     for value in equation.params.values():
         for x in value if isinstance(value, list | tuple) else [value]:
@@ -85,15 +85,15 @@ def _equation(equation) -> int:
     name = equation.primitive.name
     if name == 'dot_general':
         return _dot(equation)
-    inner = [_jaxpr(x) for x in _inner(equation)]
+    within = [_jaxpr(x) for x in inner(equation)]
     kernel = KERNEL.fullmatch(str(equation.params.get('name')))
-    if kernel and any(inner):  # rematerialising splits off masks
+    if kernel and any(within):  # rematerialising splits off masks
         return _attended(equation, *kernel.groups())
-    if name == 'while' and any(inner):
+    if name == 'while' and any(within):
         raise ValueError('while: matrix multiplications in a loop of unknown length')
     if name in ('conv_general_dilated', 'pallas_call', 'ragged_dot_general'):
         raise ValueError(f'{name}: its FLOPs cannot be read from the jaxpr')
-    return _times(equation) * (max(inner, default=0) if name == 'cond' else sum(inner))
+    return _times(equation) * (max(within, default=0) if name == 'cond' else sum(within))
 
 
 def _jaxpr(jaxpr) -> int:

@@ -436,7 +436,7 @@ def test_help(run):
 
 
 def command(*arguments):
-    made = [sys.executable, '-m', 'jaxrm.cli', *map(str, arguments)]
+    made = [sys.executable, '-m', 'jaxrm', *map(str, arguments)]
     return subprocess.run(made, capture_output=True, text=True, timeout=120, check=False)
 
 

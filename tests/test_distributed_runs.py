@@ -96,7 +96,7 @@ def scores(path):
 
 def score(world, model, output):
     data = ('--data', world / 'test.jsonl', '--output', output)
-    return '-m', 'jaxrm.cli', 'score', '--model', model, *data
+    return '-m', 'jaxrm', 'score', '--model', model, *data
 
 
 def test_scores_of_the_export(world, trained):
@@ -116,7 +116,7 @@ def test_scores_of_the_export(world, trained):
 
 def test_the_evaluation_of_the_export(world, trained):
     """Written once, by the first; the accuracy is the one that the run found."""
-    command = ('-m', 'jaxrm.cli', 'evaluate', '--model', trained / 'model', '--output', 'found')
+    command = ('-m', 'jaxrm', 'evaluate', '--model', trained / 'model', '--output', 'found')
     outs = both(world, (*command, '--data', world / 'test.jsonl', '--fsdp', 4, '--no-pictures'))
     assert outs[1] == ''
     assert files(world / 'second') == []

@@ -279,6 +279,7 @@ def test_orders_are_those_of_the_candidates_and_their_marks(tmp_path):
     np.testing.assert_array_equal(lines['majority vote'][:, -1], [1, 1])
     assert best_of_n.short('runs/a/model') == 'a'
     assert best_of_n.short('x/gsm8k_candidates.jsonl.gz') == 'gsm8k'
+    assert best_of_n.short('runs/merged-0.3/model') == 'merged-0.3'
 
 
 def test_answers_that_run_on_are_cut_for_models():

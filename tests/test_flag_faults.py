@@ -134,7 +134,7 @@ def test_command_is_refused(verb, make, pairs, tmp_path):
     path, model, *words = make(tmp_path)
     before = sorted(tmp_path.iterdir())
     flags = ['--model', model, '--data', path, '--output', tmp_path / 'out']
-    command = [sys.executable, '-m', 'jaxrm.cli', verb, *map(str, flags)]
+    command = [sys.executable, '-m', 'jaxrm', verb, *map(str, flags)]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stdout == ''

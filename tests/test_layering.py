@@ -115,6 +115,7 @@ LAYERS = {
     'loading': 4,
     'cli': 5,
     '__init__': 6,
+    '__main__': 6,
 }
 
 JAX = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'chex'}
