@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import bench
-from jaxrm import costs, flops, members, packing, sharding, train, tree
+from jaxrm import costs, flops, fused, members, packing, sharding, train, tree
 from jaxrm import tokens as token_trees
 from jaxrm.backbones import attention
 from jaxrm.backbones.layers import Config
@@ -29,7 +29,7 @@ FULL = costs.Method('everything', rank=0, remat='none')
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A model's sizes, its weights on the device, and how it computes."""
+    """A model's sizes, its weights on the device, the backbone fused, and how it computes."""
 
     config: Config
     params: tree.Tree
@@ -52,7 +52,7 @@ class Setup:
 def setup(c: Config, dtype: Any, seed: int = 0) -> Setup:
     """Weights in `dtype`, an adapter and a head in float32; the attention that is default here."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    params = bench.drawn(bench.parameters(c, LORA.rank, dtype), seed)
+    params = fused.fuse(bench.drawn(bench.parameters(c, LORA.rank, dtype), seed))
     attend = attention.default(dtype, c, mesh)
     return Setup(c, params, jnp.dtype(dtype), mesh, attend, attention.row_multiple())
 
@@ -168,10 +168,10 @@ def step(
 
     `backbone` stands in for the setup's, in another layout.
     """
-    base = {'backbone': s.params['backbone'] if backbone is None else backbone}
-    learns, frozen = {part: s.params[part] for part in ('lora', 'head')}, base
+    base = s.params['backbone'] if backbone is None else backbone
+    learns, frozen = {part: s.params[part] for part in ('lora', 'head')}, {'backbone': base}
     if method.learns == 'everything':
-        learns, frozen = {'head': s.params['head']} | base, {}
+        learns, frozen = {'head': s.params['head'], 'backbone': fused.split(base)}, {}
     at_once, K = members_ is not None and how is not None, members_ or 1
     pack, key = b.pack, jax.random.key(0)
     if at_once:

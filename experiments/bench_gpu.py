@@ -30,7 +30,7 @@ import numpy as np
 
 from experiments import bench, bench_cells
 from experiments.bench_cells import Program, Setup
-from jaxrm import packing, train
+from jaxrm import fused, packing, train
 from jaxrm.backbones import attention
 
 EXPERTS = 5
@@ -119,7 +119,7 @@ def probe(run: Run) -> dict[str, Any]:
 
     plain = bench.model(c, jnp.float32, attention.xla)
     with jax.default_matmul_precision('highest'):
-        want = jax.jit(lambda w: both(plain, w))(exact.params['backbone'])
+        want = jax.jit(lambda w: both(plain, w))(fused.split(exact.params['backbone']))
     found = jax.jit(lambda w: both(here.model(), w))(low)
     real = b.pack.rank_PBM.reshape(want[0].shape) >= 0
     pairs = [(np.asarray(want[0])[real], np.asarray(found[0])[real]), (want[1], found[1])]
@@ -175,6 +175,18 @@ def compared(run: Run, programs: dict[str, Program]) -> dict[str, Any]:
     first, *others = programs
     ratios = {n: bench_cells.faster(found, programs, first, n) for n in others}
     return found | {f'{first} over {n}': ratio for n, ratio in ratios.items()}
+
+
+def together(run: Run, model: str) -> dict[str, Any]:
+    """LoRA steps with q, k, v and gate, up of the frozen base as one kernel each, and apart."""
+    s = run.setup(model)
+    b = bench_cells.packed(s, run.data(bench.PROFILES['hh'], s), run.size(8192))
+    apart = fused.split(s.params['backbone'])
+    programs = {
+        'fused': bench_cells.step(s, b),
+        'plain': bench_cells.step(s, b, backbone=apart),
+    }
+    return compared(run, programs)
 
 
 def score(run: Run, model: str) -> dict[str, Any]:
@@ -303,6 +315,7 @@ CELLS: dict[str, tuple[float, Callable[[Run], dict[str, Any]]]] = {
     'experts-8b': (75, lambda run: experts(run, BIG)),
     'limit-8b': (130, lambda run: limit(run, BIG)),
     'gathers-8b': (25, lambda run: gathers(run, BIG)),
+    'fused-8b': (60, lambda run: together(run, BIG)),
     'pairs-8b-helpsteer': (75, lambda run: pairs(run, BIG, 'helpsteer', 4)),
     'whole-8b': (50, lambda run: whole(run, BIG)),
     'lora-1b': (40, lambda run: lora(run, SMALL, 16384)),

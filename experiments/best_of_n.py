@@ -16,6 +16,7 @@ model on a file; other contents of a file of the same name are refused.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -144,10 +145,12 @@ def table(c: Config, name: str, path: str) -> None:
     title = f'{name}: {len(prompts)} questions, share right of the first n'
     common.table(title, rows, [f'n = {n}' for n in ns[1:]], paste=True)
     drawn, (axis,) = report.canvas(1)
-    for (k, x_BK), colour in zip(curves.items(), strength_report.LINES, strict=False):
-        axis.plot(ns, x_BK.mean(0), '.-', color=colour, label=k)
+    models, colours = {short(m) for m in c.models}, itertools.cycle(strength_report.LINES)
+    for (k, x_BK), colour in zip(curves.items(), colours, strict=False):
+        axis.plot(ns, x_BK.mean(0), '.-' if k in models else '.:', color=colour, label=k)
     axis.set(xscale='log', xlabel='n', ylabel='share right', title=name)
     axis.set_xticks(ns, map(str, ns))
+    axis.minorticks_off()
     axis.legend(frameon=False, fontsize=7)
     drawn.savefig(c.results / f'{name}.png', dpi=120)
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from jaxrm import costs, heads, lora, members, packing, plan_hlo, reward, sharding, train
+from jaxrm import costs, fused, heads, lora, members, packing, plan_hlo, reward, sharding, train
 from jaxrm.backbones import family, splash
 from jaxrm.backbones.layers import Config, Decoder
 
@@ -87,6 +87,8 @@ def lowered(c: Config, method: costs.Method, shape: packing.Shape, mesh: Mesh, a
     backbone = Decoder(c, jnp.bfloat16, attention, remat=method.remat)
     rm = reward.RewardModel(backbone, heads.Scalar(), SCALE)
     learning, frozen = _parts(rm, method)
+    fuse = functools.partial(fused.fuse, parts=sharding.tensor_parallel(mesh))
+    frozen = jax.eval_shape(fuse, frozen)
     frozen, batch = _on(frozen, sharding.shardings(frozen, mesh)), _batch(shape, mesh)
     E = method.members
     with jax.set_mesh(mesh):

@@ -1,8 +1,8 @@
 """How much of the forward pass a training step keeps for the backward one: what the memory holds.
 
 `dots` keeps all that linears give and computes attention again, 1 to 2 % of a step of an 8B adapter
-in a third of the bytes that `none` keeps, which is therefore never chosen where memory is known. See
-`backbones.layers.KEPT`.
+in a third of the bytes that `none` keeps, which is therefore never chosen where memory is
+known. See `backbones.layers.KEPT`.
 """
 
 import dataclasses
