@@ -37,6 +37,7 @@ from jaxrm import (
     trackers,
     train,
     tree,
+    usage,
 )
 from jaxrm.backbones import attention
 from jaxrm.data import Preference
@@ -78,7 +79,8 @@ PATHS = {
 
 def parse(config: type) -> Any:
     """The experiment's Config from the command line; ValueError for a number out of its limits."""
-    found = tyro.cli(config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    with usage.one_line():
+        found = tyro.cli(config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
     limits.check(found)
     return found
 
@@ -88,6 +90,7 @@ def launch(config: type, main: Callable[[Any], None]) -> None:
     try:
         c = parse(config)
         trackers.choose(getattr(c, 'report_to', ()))  # what is missing, now rather than later
+        programs.reserve(os.environ)
         several = processes.join(os.environ)
         programs.keep(os.environ)
         console.quiet = several and not processes.first()
@@ -230,7 +233,7 @@ class Model:
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_target_modules: str = lora.ALL_LINEAR  # searched in names like layers/q/kernel
-    gradient_checkpointing: Literal['none', 'dots', 'mlp', 'full', 'auto'] = 'none'
+    gradient_checkpointing: Literal['none', 'dots', 'mlp', 'full', 'auto'] = 'auto'
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # of compute; else the stored
     export_dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # else as it was learned
     vocabulary: int = 1024  # from here on: of a start from scratch
@@ -290,6 +293,7 @@ def start(
 ) -> Start:
     """The model of `model_name_or_path` with a fresh head, or a tiny one made for these texts.
 
+    With --gradient_checkpointing auto nothing is computed again, until `devices` sees the batch.
     With `language` the head of the language model stays beside it, frozen, as 'lm_head'.
     """
     if c.model_name_or_path is None:
@@ -302,8 +306,9 @@ def start(
     heads_of = {'num_attention_heads': like.config.Q, 'num_key_value_heads': like.config.K}
     sharding.check_heads(mesh, **heads_of)
     dtype = jnp.dtype(c.dtype or (like.dtype if like.backbone else 'float32'))
+    remat = 'none' if c.gradient_checkpointing == 'auto' else c.gradient_checkpointing
     backbone = backbones.family(like.model_type).Backbone(
-        like.config, dtype, attention.default(dtype, like.config, mesh), c.gradient_checkpointing
+        like.config, dtype, attention.default(dtype, like.config, mesh), remat
     )
     scale = c.lora_alpha / c.lora_r if c.use_peft else 1.0
     rm = reward.RewardModel(backbone, head, scale)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrm import costs, packing, remat, shapes, sharding, tokens
+from jaxrm import costs, members, packing, remat, shapes, sharding, tokens
 from jaxrm.backbones import attention
 
 
@@ -51,17 +51,35 @@ def packs(c: Any, encoded: tokens.Tokens, mesh: Mesh, width: int) -> tuple[packi
 
 def economical(c: Any, start: Any, encoded: tokens.Tokens, mesh: Mesh) -> Any:
     """The start of a run on these records: with --gradient_checkpointing auto, as memory allows."""
+    shape, count = packs(c, encoded, mesh, start.rm.backbone.config.D)
+    each = count // sharding.data_parallel(mesh) // c.gradient_accumulation_steps
+    return kept(c, start, shape, mesh, packs=each)
+
+
+def kept(
+    c: Any, start: Any, shape: packing.Shape, mesh: Mesh, *, packs: int = 1, count: int = 1
+) -> Any:
+    """The same for so many packs of a shape on each part of the mesh; `count` are the members."""
     if c.gradient_checkpointing != 'auto':
         return start
     backbone = start.rm.backbone
-    of = backbone.config
-    shape, count = packs(c, encoded, mesh, of.D)
-    method = costs.Method('everything', rank=0)
-    if c.use_peft:
-        targets = tuple(n for n in costs.LINEARS if re.search(c.lora_target_modules, f'/{n}/'))
-        method = costs.Method('adapter', rank=c.lora_r, targets=targets or costs.LINEARS)
-    each = count // sharding.data_parallel(mesh) // c.gradient_accumulation_steps
-    options = {'packs': each, 'width': np.dtype(backbone.dtype).itemsize}
-    chosen = remat.choose(of, method, shape, mesh, **options)
+    options = {'packs': packs, 'width': np.dtype(backbone.dtype).itemsize}
+    chosen = remat.choose(backbone.config, _method(c, count), shape, mesh, **options)
     rm = dataclasses.replace(start.rm, backbone=backbone.clone(remat=chosen))
     return start._replace(rm=rm)
+
+
+def how(c: Any, rm: Any, shape: packing.Shape, mesh: Mesh, count: int) -> members.How:
+    """How so many members take a step, with a pack each on each part of the mesh."""
+    backbone = rm.backbone
+    method = dataclasses.replace(_method(c, count), remat=backbone.remat)
+    width = np.dtype(backbone.dtype).itemsize
+    return members.choose(backbone.config, method, shape, mesh, width=width)
+
+
+def _method(c: Any, count: int) -> costs.Method:
+    """What learns, by the flags; an adapter where there is no choice."""
+    if not getattr(c, 'use_peft', True):
+        return costs.Method('everything', rank=0, members=count)
+    targets = tuple(n for n in costs.LINEARS if re.search(c.lora_target_modules, f'/{n}/'))
+    return costs.Method('adapter', c.lora_r, targets or costs.LINEARS, members=count)

@@ -82,13 +82,14 @@ def learned(
     pace: Pace, start_E: tree.Tree, lessons: Sequence[Lesson], shape: packing.Shape,
     objective: train.Objective, *, mesh: Any, frozen: tree.Tree | None = None, own: bool = False,
     hooks: Sequence[train.Hook] = (), saver: Callable[..., Any] | None = None,
+    how: members.How | None = None,
 ) -> tree.Tree:  # fmt: skip
     """What the members became, in one program with as many packs a step for each.
 
     All have one schedule, of the longest lesson: a member whose lesson ends before stays as it is,
     with a learning rate that has not come down yet. With `own` the leaves of
     `frozen` have a leading axis of bases, of which each lesson names one. saver(state, steps) gives
-    the state to go on from, and what saves it.
+    the state to go on from, and what saves it. `how` is that of `members.step`.
     """
     packs = sharding.data_parallel(mesh)
     each = [packing.Batches(x.tokens, shape, packs, seed=x.seed, epochs=pace.epochs)
@@ -110,7 +111,7 @@ def learned(
         return train.fit(
             state, frozen or {}, batches, members.keys([x.seed for x in lessons]),
             objective=objective, tx=tx, mesh=mesh, steps=steps,
-            step=functools.partial(members.step, one=one), hooks=hooks,
+            step=functools.partial(members.step, one=one, how=how), hooks=hooks,
         ).trainable  # fmt: skip
 
 
@@ -121,6 +122,18 @@ def whole(
     head = jax.jit(jax.vmap(lambda key: rm.init_head(key, width)))
     shared = lambda x: np.broadcast_to(x, (len(seeds), *x.shape))  # noqa: E731
     return {'backbone': jax.tree.map(shared, backbone), 'head': head(members.keys(seeds))}
+
+
+def probed(
+    pace: Pace, rm: reward.RewardModel, backbone: tree.Tree, lessons: Sequence[Lesson],
+    shape: packing.Shape, *, mesh: Any,
+) -> tree.Tree:  # fmt: skip
+    """A head for each lesson [E, ...], learned on the frozen backbone; its seed is the lesson's."""
+    start_E = whole(rm, {}, [x.seed for x in lessons], rm.backbone.config.D)['head']
+    return dict(jax.device_get(learned(
+        pace, {'head': start_E}, lessons, shape, train.preference(rm.score), mesh=mesh,
+        frozen={'backbone': backbone},
+    ))['head'])  # fmt: skip
 
 
 def experts(

@@ -12,7 +12,7 @@ import dataclasses
 
 import jax
 
-from experiments import common, dmoerm, dmoerm_phases
+from experiments import common, devices, dmoerm, dmoerm_phases
 from experiments.dmoerm_phases import Found, Starting
 from jaxrm import members, mixture_files, sharding, train
 
@@ -39,6 +39,7 @@ def base(c: Config, found: Found, category: str, start: common.Start) -> None:
     some = dmoerm_phases.encoded(c, records, start.like.tokenizer, category)
     parts = sharding.data_parallel(found.mesh)
     shape = dmoerm.shape_of(some, start.like.config.D, c.train_batch_size, parts)
+    start = devices.kept(c, start, shape, found.mesh)
     pace = dmoerm.Pace(c.learning_rate, c.num_train_epochs, c.train_batch_size, c.warmup_steps)
     learned = dmoerm.learned(
         pace, members.stack([start.trainable]), [dmoerm.Lesson(some, c.seed)], shape,

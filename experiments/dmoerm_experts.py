@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import common, dmoerm, dmoerm_phases
+from experiments import common, devices, dmoerm, dmoerm_phases
 from experiments.dmoerm_phases import Found, Phase
 from jaxrm import data, judge, lora, mixture, mixture_files, sharding, train
 from jaxrm.data import Preference
@@ -106,6 +106,7 @@ def experts(c: Config, found: Found, category: str, labels: dict[str, list[Prefe
     learned = dmoerm.learned(
         pace, start_E, lessons, shape, train.preference(rm.score), mesh=found.mesh, frozen=frozen,
         saver=dmoerm_phases.saver(c, f'{category}/experts', all_of),
+        how=devices.how(c, rm, shape, found.mesh, len(lessons)),
     )  # fmt: skip
     mixture_files.export_experts(
         c.output_dir, category, {**jax.device_get(learned), **head_E}, base, lora_scale=scale,

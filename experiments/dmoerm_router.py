@@ -61,6 +61,7 @@ def main(c: Config) -> None:
     pace = dmoerm.Pace(c.learning_rate, c.num_train_epochs, c.train_batch_size, c.warmup_steps)
     shape = dmoerm.shape_of(learn, start.like.config.D, c.train_batch_size,
                             sharding.data_parallel(mesh))  # fmt: skip
+    start = devices.kept(c, start, shape, mesh)
     last = dmoerm.learned(
         pace, members.stack([start.trainable]), [dmoerm.Lesson(learn, c.seed)], shape,
         train.classification(start.rm.score), mesh=mesh, hooks=[(1, see)],

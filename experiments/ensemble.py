@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import common, devices, dmoerm, dmoerm_phases
 from experiments.dmoerm_phases import Data, Starting
-from jaxrm import checkpoint, evaluate, members, sharding, tokens, train
+from jaxrm import checkpoint, evaluate, members, packing, sharding, tokens, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,10 @@ def main(c: Config) -> None:
     of = dmoerm_phases.load(c, c.categories)
     start = common.start(c, common.texts(of.train), mesh=mesh, seed=c.seed)
     some = dmoerm_phases.encoded(c, of.train, start.like.tokenizer, 'pairs')
-    params_E = jax.device_get(learned(c, start, some, mesh))
+    parts = sharding.data_parallel(mesh)
+    shape = dmoerm.shape_of(some, start.like.config.D, c.train_batch_size, parts)
+    start = devices.kept(c, start, shape, mesh, count=c.members)
+    params_E = jax.device_get(learned(c, start, some, shape, mesh))
     if of.test:
         measure(c, start, params_E, of, mesh)
     said: dict[str, Any] = {'lora_scale': start.rm.lora_scale, 'overwrite': True}
@@ -50,17 +53,19 @@ def main(c: Config) -> None:
         checkpoint.export(c.output_dir / str(e) / 'model', one, start.like, **said)
 
 
-def learned(c: Config, start: common.Start, some: tokens.Tokens, mesh: Any) -> Any:
+def learned(
+    c: Config, start: common.Start, some: tokens.Tokens, shape: packing.Shape, mesh: Any
+) -> Any:
     """The learning parts of all members, each from a head and an order of its own."""
     width, seeds = start.like.config.D, [c.seed + e for e in range(c.members)]
     fresh = [start.rm.init_head(jax.random.key(seed), width) for seed in seeds]
     start_E = members.stack([{**start.trainable, 'head': head} for head in fresh])
-    shape = dmoerm.shape_of(some, width, c.train_batch_size, sharding.data_parallel(mesh))
     pace = dmoerm.Pace(c.learning_rate, c.num_train_epochs, c.train_batch_size, c.warmup_steps)
     return dmoerm.learned(
         pace, start_E, [dmoerm.Lesson(some, seed) for seed in seeds], shape,
         train.preference(start.rm.score), mesh=mesh, frozen=start.frozen,
         saver=dmoerm_phases.saver(c, 'members', some),
+        how=devices.how(c, start.rm, shape, mesh, c.members),
     )  # fmt: skip
 
 

@@ -54,15 +54,10 @@ class Config(labelling.Config):
 
 def probed(c: Config, b: Base, own: list[tokens.Tokens]) -> list[tree.Tree]:
     """A head for each seed, learned on the frozen decoder."""
-    D = b.rm.backbone.config.D
-    heads_S = dmoerm.whole(b.rm, {}, c.seeds, D)['head']
     pace = Pace(c.probe_learning_rate, c.probe_epochs, c.train_batch_size)
     lessons = [Lesson(of, seed) for of, seed in zip(own, c.seeds, strict=True)]
-    made = dmoerm.learned(
-        pace, {'head': heads_S}, lessons, shape_of(c, b, own),
-        train.preference(b.rm.score), mesh=b.mesh, frozen={'backbone': b.backbone},
-    )  # fmt: skip
-    return [members.select(jax.device_get(made), s)['head'] for s in range(len(c.seeds))]
+    made = dmoerm.probed(pace, b.rm, b.backbone, lessons, shape_of(c, b, own), mesh=b.mesh)
+    return [members.select(made, s) for s in range(len(c.seeds))]
 
 
 def shape_of(c: Config, b: Base, own: list[tokens.Tokens]) -> Any:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from jaxrm import plan_asked
+from jaxrm import plan_asked, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ def score(
     from jaxrm import data as records
     from jaxrm import processes, programs
 
+    programs.reserve(os.environ)
     processes.join(os.environ)
     programs.keep(os.environ)
     processes.alone(lambda: _check_output(output, overwrite))
@@ -147,6 +148,7 @@ def evaluate(
     """
     from jaxrm import checkpoint, hf, processes, programs, report, results
 
+    programs.reserve(os.environ)
     processes.join(os.environ)
     programs.keep(os.environ)
     processes.alone(lambda: hf.check_free(output.resolve(), overwrite, [results.RESULTS]))
@@ -353,11 +355,23 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
         part.unlink(missing_ok=True)
 
 
+def _later(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The verb, to be called when its flags are known to be right."""
+
+    @functools.wraps(verb)
+    def given(*args: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(verb, *args, **options)
+
+    return given
+
+
 def main() -> None:
     """Entry point: wrong input ends with status 2 and one line."""
-    verbs: dict[str, Any] = {'score': score, 'evaluate': evaluate, 'merge': merge, 'plan': plan}
+    verbs: dict[str, Any] = {f.__name__: _later(f) for f in (score, evaluate, merge, plan)}
     try:
-        tyro.extras.subcommand_cli_from_dict(verbs, prog='jaxrm')
+        with usage.one_line():
+            run = tyro.extras.subcommand_cli_from_dict(verbs, prog='jaxrm')
+        run()
     except (ValueError, OSError) as error:
         line = ' '.join(str(error).split())
         print(f'jaxrm: {line}', file=sys.stderr)

@@ -54,16 +54,26 @@ class Machine:
         return 2 if along % self.chip.around == 0 else 1
 
 
-# What a program may use of a TPU is what its compiler says; of a GPU, 92 % (XLA's own share).
+RESERVED = 0.92  # of a GPU's memory, for JAX's programs: `programs.reserve` asks for as much
+
+
+def _gpu(peak: float, gib: float, bandwidth: float, link: float) -> Chip:
+    """`gib` are what CUDA says it has in all, a little less than what it is sold with."""
+    return Chip(peak, int(RESERVED * gib * GIB), bandwidth, link)
+
+
+# What a program may use of a TPU is what its compiler says.
 CHIPS = {
     'v5e': Chip(197 * TERA, int(15.75 * GIB), 819 * GB, 50 * GB, axes=2, around=16),
     'v5p': Chip(459 * TERA, int(95.73 * GIB), 2765 * GB, 100 * GB, axes=3, around=4),
     'v6e': Chip(918 * TERA, int(31.24 * GIB), 1638 * GB, 100 * GB, axes=2, around=16),
-    'h100': Chip(989 * TERA, int(0.92 * 80 * GIB), 3350 * GB, 450 * GB),
-    'h200': Chip(989 * TERA, int(0.92 * 141 * GB), 4800 * GB, 450 * GB),
-    'a100-80gb': Chip(312 * TERA, int(0.92 * 80 * GIB), 2039 * GB, 300 * GB),
-    'rtx-4090': Chip(165 * TERA, int(0.92 * 24 * GIB), 1008 * GB, 32 * GB),
+    'h100': _gpu(989 * TERA, 79, 3350 * GB, 450 * GB),
+    'h200': _gpu(989 * TERA, 139.5, 4800 * GB, 450 * GB),
+    'a100-80gb': _gpu(312 * TERA, 79, 2039 * GB, 300 * GB),
+    'rtx-4090': _gpu(165 * TERA, 23.5, 1008 * GB, 32 * GB),
 }
+# Of v5p a type counts cores, two a chip.
+TYPES = {'v5litepod': ('v5e', 1), 'v5e': ('v5e', 1), 'v5p': ('v5p', 2), 'v6e': ('v6e', 1)}
 MOST = 8  # GPUs of one host; what is between hosts is not known
 SLICES = {
     2: ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
@@ -71,14 +81,30 @@ SLICES = {
 }
 
 
+def _typed(text: str) -> str:
+    """'v6e:4x4' of 'v6e-16' or 'v5p:2x2x1' of 'v5p-8', as clouds name them; else the text."""
+    found = re.fullmatch(r'(\w+)-(\d{1,5})', text)
+    if not found or found[1] not in TYPES:
+        return text
+    name, cores = TYPES[found[1]]
+    for size in SLICES[CHIPS[name].axes]:
+        if cores * math.prod(map(int, size.split('x'))) == int(found[2]):
+            return f'{name}:{size}'
+    return text
+
+
 def parse(text: str) -> Machine:
     """The machine of 'v5e:4x4', 'v5p:2x2x2' or 'h100:8'; a GPU alone is 'h100'.
 
+    A TPU may also be called by its accelerator type, as 'v5litepod-16', 'v6e-16' or 'v5p-8'.
     Raises ValueError for one that there is not, naming those that there are.
     """
-    name, _, size = text.lower().partition(':')
+    name, _, size = _typed(text.lower()).partition(':')
     if name not in CHIPS:
-        raise ValueError(f'machine: found {text!r}, expected one of {sorted(CHIPS)}, with a size')
+        raise ValueError(
+            f'machine: found {text!r}, expected one of {sorted(CHIPS)} with a size, as v6e:4x4, '
+            'v6e-16 or h100:8'
+        )
     chip = CHIPS[name]
     if chip.axes:
         slices = SLICES[chip.axes]

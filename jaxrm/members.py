@@ -15,12 +15,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxrm import evaluate, packing, train, tree
+from jaxrm import costs, evaluate, packing, plan, processes, remat, train, tree
+from jaxrm.backbones.layers import Config
 from jaxrm.tokens import Tokens
 
 Array = np.ndarray
-# All at once, or one after the other in the memory of one: on a CPU the faster way by default,
-# since all at once does not fit its caches.
+# All at once, or one after the other in the memory of one. By default all at once, but on a CPU,
+# whose caches do not hold that, one after the other; `choose` looks at the memory first.
 How = Literal['vmap', 'scan']
 
 
@@ -116,6 +117,26 @@ def step(
 
     learnt_E, metrics_E = _over(how, member, state[1:], batch, key, active_E)
     return train.State(state.step + 1, *learnt_E), metrics_E
+
+
+def choose(
+    c: Config,
+    method: costs.Method,
+    shape: packing.Shape,
+    mesh: Mesh,
+    *,
+    packs: int = 1,
+    width: int = 2,
+) -> How:
+    """How the method's members take a step, by what memory holds; arguments as `remat.choose` has.
+
+    Where the memory is not known it is what is done by default.
+    """
+    limit = processes.alone(lambda: remat.memory(mesh))
+    if limit is None:
+        return 'vmap' if _at_once(None) else 'scan'
+    fits = remat.needed(c, method, shape, mesh, packs=packs, width=width) <= plan.SHARE * limit
+    return 'vmap' if fits else 'scan'
 
 
 def _at_once(how: How | None) -> bool:

@@ -21,6 +21,7 @@ ANSWERS = 2  # a prompt, in the pack shape that is assumed
 SLOTS = 1.5, 1.0  # of short and of long rows, a token of the stream
 REMATS: tuple[costs.Remat, ...] = ('none', 'dots', 'mlp', 'full')
 HALF = 2  # bytes of bfloat16
+SHARE = 0.95  # of the memory a run may take: the rest is for what is not counted
 
 
 class Mesh(NamedTuple):
@@ -80,8 +81,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether they are there."""
-        return self.total <= self.run.machine.chip.memory
+        """Whether they are there, and a little more."""
+        return self.total <= SHARE * self.run.machine.chip.memory
 
     @property
     def limit(self) -> str:
@@ -114,9 +115,8 @@ def shape_of(tokens: int, longest: int) -> packing.Shape:
 # Bytes
 
 
-def _state(run: Run) -> costs.State:
-    """Of one chip."""
-    c, mesh = run.config, run.mesh
+def _state(c: Config, method: costs.Method, mesh: Mesh) -> costs.State:
+    """Of one chip; raises ValueError for a mesh that does not divide the model."""
     abstract: Any = AbstractMesh(tuple(mesh), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     sharding.check_heads(abstract, query=c.Q, key=c.K)
 
@@ -125,7 +125,7 @@ def _state(run: Run) -> costs.State:
         placed = sharding.shardings(shapes, abstract)
         return sum(math.prod(placed[n].shard_shape(s)) for n, s in leaves.items())
 
-    return costs.state(c, run.method, count=count)
+    return costs.state(c, method, count=count)
 
 
 class Work(NamedTuple):
@@ -140,7 +140,7 @@ class Work(NamedTuple):
 
 
 WORK: dict[costs.Learns, Work] = {
-    'nothing': Work(0.2, 0.5),
+    'nothing': Work(1.2, 0.5),
     'adapter': Work(1.5, 2.25),
     'everything': Work(3.5, 2.25),
 }
@@ -216,7 +216,8 @@ def sent(run: Run) -> tuple[Sent, ...]:
 
 def estimate(run: Run) -> Estimate:
     """Raises ValueError for a mesh that does not divide the model."""
-    load, state, chip = costs.of_shape(run.shape), _state(run), run.machine.chip
+    chip, load = run.machine.chip, costs.of_shape(run.shape)
+    state = _state(run.config, run.method, run.mesh)
     flops = costs.step(run.config, load, run.method).total * run.mesh.shards
     moved = costs.moved(run.config, load, run.method, state.gradients)
     traffic = sent(run)
@@ -253,51 +254,77 @@ class Wanted:
     tensor: int | None = None
 
 
-def _candidates(wanted: Wanted) -> Iterator[tuple[Mesh, costs.Method]]:
-    trains = wanted.method.learns != 'nothing'
-    remats = (wanted.remat,) if wanted.remat else REMATS if trains else ('none',)
-    for mesh in meshes(wanted.machine):
-        if wanted.fsdp not in (None, mesh.fsdp) or wanted.tensor not in (None, mesh.tensor):
+def _asked(wanted: Wanted) -> list[Mesh]:
+    """The meshes of the sizes that are asked for; raises ValueError where there is none."""
+    found, beside = list(meshes(wanted.machine)), wanted.machine.name
+    for axis in ('fsdp', 'tensor'):
+        size = getattr(wanted, axis)
+        if size is None:
             continue
-        for remat in remats:
-            yield mesh, dataclasses.replace(wanted.method, remat=remat)
+        sizes = sorted({getattr(mesh, axis) for mesh in found})
+        if size not in sizes:
+            raise ValueError(f'{axis}: found {size}, expected one of {sizes} on {beside}')
+        found = [mesh for mesh in found if getattr(mesh, axis) == size]
+        beside += f' with {axis} {size}'
+    return found
 
 
-def _tried(wanted: Wanted, tokens_of: Callable[[Mesh, costs.Method], int]) -> list[Estimate]:
-    """An estimate of every mesh that divides the model; raises ValueError when there is none."""
+def _usable(wanted: Wanted) -> list[Mesh]:
+    """Those of them that divide the model; raises ValueError where none does."""
     found, why = [], ''
-    for mesh, method in _candidates(wanted):
-        if not (tokens := tokens_of(mesh, method)):
-            continue
-        shape = shape_of(tokens, wanted.longest)
+    for mesh in _asked(wanted):
         try:
-            found.append(estimate(Run(wanted.config, method, wanted.machine, mesh, shape)))
+            _state(wanted.config, wanted.method, mesh)
         except ValueError as error:
-            why = f': {error}'
+            why = str(error)
+        else:
+            found.append(mesh)
     if not found:
         sizes = {'fsdp': wanted.fsdp, 'tensor': wanted.tensor}
         asked = ', '.join(f'{k} {v}' for k, v in sizes.items() if v)
-        raise ValueError(
-            f'{wanted.machine.name}: found no mesh to use{asked and " with " + asked}{why}'
-        )
+        beside = f' with {asked}' if asked else ''
+        raise ValueError(f'{wanted.machine.name}: found no mesh to use{beside}: {why}')
     return found
+
+
+def _tried(wanted: Wanted, tokens_of: Callable[[Mesh, costs.Method], int]) -> list[Estimate]:
+    """An estimate of every usable mesh with each policy, where it has any tokens."""
+    trains, found = wanted.method.learns != 'nothing', []
+    remats = (wanted.remat,) if wanted.remat else REMATS if trains else ('none',)
+    for mesh in _usable(wanted):
+        for remat in remats:
+            method = dataclasses.replace(wanted.method, remat=remat)
+            if tokens := tokens_of(mesh, method):
+                found.append(_estimate(wanted, mesh, method, tokens))
+    return found
+
+
+def _estimate(wanted: Wanted, mesh: Mesh, method: costs.Method, tokens: int) -> Estimate:
+    """Of so many tokens a data shard."""
+    shape = shape_of(tokens, wanted.longest)
+    return estimate(Run(wanted.config, method, wanted.machine, mesh, shape))
 
 
 def best(wanted: Wanted, tokens: int) -> Estimate:
     """The run of this many tokens a step that is fastest at the best among those that fit.
 
     Heads are shared out only where nothing fits otherwise, since chips then add up activations.
-    Where nothing fits at all, the run that takes least. Raises ValueError for tokens that no mesh
-    divides.
+    Where nothing fits at all, the run that takes least. A pack must hold the longest row: raises
+    ValueError for tokens that no mesh divides so.
     """
-    least = BLOCK * min((mesh.shards for mesh, _ in _candidates(wanted)), default=1)
+    row = up(wanted.longest)
 
     def of(mesh: Mesh, method: costs.Method) -> int:
-        return 0 if tokens % (BLOCK * mesh.shards) else tokens // mesh.shards
+        each, left = divmod(tokens, mesh.shards)
+        return 0 if left or each % BLOCK or each < row else each
 
-    if tokens < 1 or tokens % least:
-        raise ValueError(f'tokens: found {tokens}, expected a multiple of {least}')
     found = _tried(wanted, of)
+    if not found:
+        shards = min(mesh.shards for mesh in _usable(wanted))
+        raise ValueError(
+            f'tokens: found {tokens}, expected a multiple of {BLOCK * shards} from {row * shards} '
+            f'on: each of {shards} data shards holds a row of {row}'
+        )
     fitting = [e for e in found if e.fits]
     if not fitting:
         return min(found, key=lambda e: e.total)
@@ -311,8 +338,11 @@ def largest(wanted: Wanted) -> Estimate | None:
     """
 
     def most(mesh: Mesh, method: costs.Method) -> int:
-        fits = lambda n: _fits(wanted, mesh, method, n * BLOCK)  # noqa: E731
-        low, high = 0, 1
+        fits = lambda n: _estimate(wanted, mesh, method, n * BLOCK).fits  # noqa: E731
+        low = up(wanted.longest) // BLOCK
+        if not fits(low):
+            return 0
+        high = 2 * low
         while fits(high) and high < 2**16:
             low, high = high, 2 * high
         while high - low > 1:
@@ -320,16 +350,5 @@ def largest(wanted: Wanted) -> Estimate | None:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low * BLOCK
 
-    try:
-        found = [e for e in _tried(wanted, most) if e.fits]
-    except ValueError:
-        return None
+    found = _tried(wanted, most)
     return max(found, key=lambda e: (-e.run.mesh.tensor, e.run.tokens, -e.bound), default=None)
-
-
-def _fits(wanted: Wanted, mesh: Mesh, method: costs.Method, tokens: int) -> bool:
-    shape = shape_of(tokens, wanted.longest)
-    try:
-        return estimate(Run(wanted.config, method, wanted.machine, mesh, shape)).fits
-    except ValueError:
-        return False

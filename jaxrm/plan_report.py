@@ -82,7 +82,8 @@ def _mesh(sizes: dict[str, int]) -> str:
 def _line(run: Found) -> str:
     return (
         f'{run["tokens"]:,} tokens a step, mesh {_mesh(run["mesh"])}, remat {run["remat"]}: '
-        f'{_bytes(run["total"])} of {_bytes(run["memory"])} a chip, '
+        f'{_bytes(run["total"])} a chip of {_bytes(run["memory"])}, of which {1 - plan.SHARE:.0%} '
+        'stay free, '
         f'at the least {_seconds(run["seconds"])} a step ({run["limit"]})'
     )
 

@@ -423,6 +423,8 @@ def test_wrong_usage(run, arguments):
     status, out, err = run(*arguments)
     assert (status, out) == (2, '')
     assert '--help' in err
+    assert err.startswith('jaxrm: ')
+    assert err.count('\n') == 1, err
 
 
 def test_help(run):

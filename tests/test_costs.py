@@ -111,7 +111,7 @@ def scans(jaxpr, length):
         if e.primitive.name == 'scan' and e.params['length'] == length:
             yield e
         else:
-            for inner in flops._inner(e):
+            for inner in flops.inner(e):
                 yield from scans(inner, length)
 
 

@@ -159,7 +159,7 @@ def test_a_share_is_chosen_on_validation_pairs_alone():
 
 
 def test_texts_of_the_domain_end_with_remarks():
-    c = dogerm_world.Config()
+    c = dogerm_world.Config(domain='arithmetic')
     inside, outside = dogerm_world.categories(c, True), dogerm_world.categories(c, False)
     assert (inside, len(outside)) == (('arithmetic',), 4)
     made = dogerm_world.texts(c, 60, 0, inside)

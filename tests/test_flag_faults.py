@@ -26,7 +26,7 @@ class Fault(NamedTuple):
 FAULTS = [
     Fault('negative learning rate', '--learning_rate -1e-3', ('learning_rate', '-0.001')),
     Fault('learning rate not a number', '--learning_rate nan', ('learning_rate', 'nan')),
-    Fault('learning rate a word', '--learning_rate fast', ('learning', 'float')),
+    Fault('learning rate a word', '--learning_rate fast', ('learning_rate', 'fast', 'FLOAT')),
     Fault('no epochs', '--num_train_epochs 0 --max_steps -1', ('num_train_epochs', '0')),
     Fault('no steps', '--max_steps 0', ('max_steps', '0', 'at least 1')),
     Fault('empty batches', '--train_batch_size 0', ('train_batch_size', 'at least 1')),
@@ -85,6 +85,8 @@ def test_flag_is_refused(fault, pairs, tmp_path, monkeypatch, capsys):
     for word in fault.words:
         assert word in said
     assert 'Traceback' not in said
+    assert out.err == ''
+    assert [line for line in said.splitlines() if 'error: ' in line] == said.splitlines()[-1:]
     assert not (tmp_path / 'out').exists()
 
 
@@ -153,6 +155,10 @@ def test_command_is_refused(verb, make, pairs, tmp_path):
         ('score --model nowhere --data {pairs} --output gone/x.jsonl', ('gone', 'not a folder')),
         ('evaluate --model nowhere --data {pairs} --output out', ('nowhere', 'folder')),
         ('polish', ('polish', 'score')),
+        ('score --model nowhere', ('--data', '--output')),
+        ('score --model a --data b --output c --tensor two', ('--tensor', 'two', 'INT')),
+        ('evaluate --model a --data b --output c --rules mine', ('--rules', 'mine', 'autoj')),
+        ('merge a b --sead 3', ('--sead', '--seed')),
     ],
 )
 def test_command_flag_is_refused(flags, words, pairs, tmp_path, monkeypatch, capsys):
@@ -162,6 +168,7 @@ def test_command_flag_is_refused(flags, words, pairs, tmp_path, monkeypatch, cap
         cli.main()
     assert stop.value.code == 2
     out = capsys.readouterr()
+    assert (out.out, out.err.count('\n')) == ('', 1)
     for word in words:
-        assert word in out.out + out.err
+        assert word in out.err
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ SHARED = {
     'common', 'stored', 'devices', 'limits', 'scratch', 'armorm', 'gating', 'scales',
     'variants', 'separation', 'shifted', 'labelling', 'dogerm', 'generations',
     'dmoerm', 'dmoerm_phases', 'dmoerm_arms', 'dmoerm_samples', 'dmoerm_tables',
-    'bench', 'bench_cells',
+    'bench', 'bench_cells', 'bench_turns', 'bench_gpu_cells', 'bench_gpu_torch',
 }  # fmt: skip
 BAD_NAMES = {'utils', 'util', 'common', 'base', 'helpers', 'misc'}
 
@@ -41,6 +41,7 @@ LAYERS = {
     'explain': 0,
     'answers': 0,
     'version': 0,
+    'usage': 0,
     'machines': 0,
     'plan_asked': 0,
     'intervals': 0,

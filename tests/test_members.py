@@ -167,7 +167,7 @@ def shapes_in(jaxpr):
     """The shapes of all values in a jaxpr, those of its inner ones included."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars)
-        for inner in flops._inner(equation):
+        for inner in flops.inner(equation):
             yield from shapes_in(inner)
 
 

@@ -66,7 +66,7 @@ def test_state_is_what_a_device_holds(method, sizes):
         learning = {'lora': lora.init(backbone, key, rank=4), 'head': head}
         frozen = {'backbone': half}
     state = train.start(learning, train.adamw(1e-4), mesh)
-    held = plan._state(run_of(method, sizes))
+    held = plan._state(TINY, method, plan.Mesh(*sizes))
     assert held.weights + held.adapters == mine(state.trainable) + mine(
         sharding.place(frozen, mesh)
     )
@@ -125,7 +125,18 @@ def test_the_largest_run_is_the_last_that_fits():
     assert not plan.best(BIG, most.run.tokens + plan.BLOCK * 16).fits
     alone = dataclasses.replace(BIG, method=FULL, machine=machines.parse('v5e:1x1'))
     assert plan.largest(alone) is None
-    assert not plan.best(alone, 128).fits
+    assert not plan.best(alone, 1024).fits
+
+
+def test_a_pack_holds_the_longest_row():
+    wide = dataclasses.replace(BIG, machine=machines.parse('v5e:16x16'))
+    few = plan.best(wide, 32768).run
+    assert few.mesh.shards <= 32  # of 1024 tokens each
+    assert few.shape.tokens >= few.shape.rows[-1][1]
+    with pytest.raises(ValueError, match='each of 256 data shards holds a row of 1024'):
+        plan.best(dataclasses.replace(wide, tensor=1), 32768)
+    long = dataclasses.replace(BIG, method=FULL, longest=8192, machine=machines.parse('v6e:2x2'))
+    assert plan.largest(long) is None  # the row's activations do not fit
 
 
 def test_members_share_the_backbone():
@@ -162,7 +173,19 @@ def test_the_chip_with_the_fewest_links(name, chips, links):
 
 
 @pytest.mark.parametrize(
-    'name', ['v5e', 'v5e:3x4', 'tpu:4x4', 'h100:9', 'h100:0', 'h100:x', 'v5p:4x4']
+    ('name', 'means'),
+    [
+        ('v6e-16', 'v6e:4x4'), ('v5litepod-16', 'v5e:4x4'), ('v5e-256', 'v5e:16x16'),
+        ('v5p-8', 'v5p:2x2x1'), ('v5p-16', 'v5p:2x2x2'), ('V6E-8', 'v6e:2x4'),
+    ],
+)  # fmt: skip
+def test_types_of_clouds(name, means):
+    assert machines.parse(name) == machines.parse(means)
+
+
+@pytest.mark.parametrize(
+    'name',
+    'v6e-17 v5p-2 h100-8 v5e v5e:3x4 tpu:4x4 h100:9 h100:0 h100:x v5p:4x4'.split(),
 )
 def test_machines_that_are_not(name):
     with pytest.raises(ValueError, match='machine: found'):
@@ -219,21 +242,33 @@ def test_json_has_the_numbers_of_the_text(monkeypatch, capsys):
         (('--members', '0'), 'members: found 0'),
         (('--method', 'score', '--remat', 'full'), 'remat: found'),
         (('--method', 'score', '--lora-target-modules', 'q_proj'), 'lora_target_modules: found'),
-        (('--lora-target-modules', 'nope'), 'targets: found'),
-        (('--lora-r', '0'), 'rank: found 0'),
-        (('--tensor', '3'), 'found no mesh'),
-        (('--tensor', '16', '--fsdp', '1'), 'found no mesh'),
+        (('--lora-target-modules', 'nope'), "lora_target_modules: found ['nope']"),
+        (('--lora-target-modules', 'q_proj', 'q'), "['q_proj', 'q'], expected some of"),
+        (('--lora-r', '0'), 'lora_r: found 0, expected 1 to 4096'),
+        (('--lora-r', '100000'), 'lora_r: found 100000, expected 1 to 4096'),
+        (('--method', 'full', '--lora-r', '8'), 'lora_r: found 8 with full'),
+        (('--method', 'score', '--lora-r', '8'), 'lora_r: found 8 with score'),
+        (('--tensor', '3'), 'tensor: found 3, expected one of [1, 2, 4, 8, 16]'),
+        (('--fsdp', '3'), 'fsdp: found 3, expected one of [1, 2, 4, 8, 16]'),
+        (('--fsdp', '-1'), 'fsdp: found -1'),
+        (('--fsdp', '0'), 'fsdp: found 0'),
+        (('--fsdp', '8', '--tensor', '4'), 'tensor: found 4, expected one of [1, 2]'),
+        (('--tensor', '16', '--fsdp', '1'), 'found no mesh to use with fsdp 1, tensor 16: key'),
         (('--model', 'nope'), 'model: found'),
         (('--max-length', '0'), 'max_length: found 0'),
+        (('--max-length', '100000'), 'max_length: found 100000, expected 1 to 8192'),
+        (('--tokens', '1024'), 'a multiple of 256 from 2048 on'),
+        (('--machine', 'v6e-17'), 'machine: found'),
+        (('--method', 'qlora'), "--method: found 'qlora', expected one of full, lora, score"),
+        (('--remat', 'all'), "--remat: found 'all', expected one of dots, full, mlp, none"),
+        (('--tokens', 'abc'), "--tokens: found 'abc', expected INT"),
+        (('--tokns', '5'), 'perhaps --tokens'),
     ],
-    ids=lambda x: x[0].strip('-') if isinstance(x, tuple) else '',
+    ids=lambda x: '-'.join(x).replace('--', '') if isinstance(x, tuple) else '',
 )
 def test_wrong_input_ends_with_status_2_and_one_line(monkeypatch, capsys, args, says):
-    given = dict(zip(GOOD[:4:2], GOOD[1:4:2], strict=True)) | dict(
-        zip(args[::2], args[1::2], strict=False)
-    )
-    flat = [x for pair in given.items() for x in pair] + list(args[len(args) // 2 * 2 :])
-    status, out, err = jaxrm(monkeypatch, capsys, *flat)
+    good = [x for i in (0, 2) if GOOD[i] not in args for x in GOOD[i : i + 2]]
+    status, out, err = jaxrm(monkeypatch, capsys, *good, *args)
     assert (status, out, err.count('\n')) == (2, '', 1)
     assert says in err
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import jax
+import jaxlib.xla_client
 import pytest
 
-from jaxrm import programs
+from jaxrm import machines, programs
 
 NAMES = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
 START = """
@@ -46,6 +47,30 @@ def test_jaxs_own_variables_stay(settings):
     assert settings == {}
     programs.keep({programs.FOLDER: '/somewhere'})
     assert settings == {NAMES[1]: 0.0}
+
+
+def test_the_share_of_a_gpus_memory():
+    """What plans count on; JAX refuses both of its variables, so that either stands."""
+    environ = {}
+    programs.reserve(environ)
+    assert environ == {'XLA_CLIENT_MEM_FRACTION': '0.92'}
+    assert machines.parse('h100').chip.memory == int(0.92 * 79 * 2**30)
+    for name in programs.FRACTIONS:
+        environ = {name: '.5'}
+        programs.reserve(environ)
+        assert environ == {name: '.5'}
+
+
+def test_jax_reads_the_share(monkeypatch):
+    """When it starts a GPU, which is after it is imported."""
+    for name in programs.FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    environ = {}
+    programs.reserve(environ)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    options = jaxlib.xla_client.generate_pjrt_gpu_plugin_options()
+    assert options['memory_fraction'] == machines.RESERVED
 
 
 def test_a_second_start_compiles_nothing(tmp_path):

@@ -10,7 +10,20 @@ import numpy as np
 import plain
 import pytest
 
-from jaxrm import costs, flops, fused, heads, lora, packing, remat, reward, sharding, train
+from jaxrm import (
+    costs,
+    flops,
+    fused,
+    heads,
+    lora,
+    members,
+    packing,
+    plan,
+    remat,
+    reward,
+    sharding,
+    train,
+)
 from jaxrm.backbones.layers import KEPT, Config, Decoder
 
 LLAMA = Config(V=128256, D=4096, F=14336, L=32, Q=32, K=8, H=128)
@@ -115,6 +128,39 @@ def test_what_is_chosen(monkeypatch):
     assert chosen(monkeypatch, 30, 8192, mesh=over) != 'full'  # weights are shared out
     everything = costs.Method('everything', rank=0)
     assert chosen(monkeypatch, 78, 1024, of=everything) == 'full'  # 32 GB of weights, and moments
+
+
+def test_members_one_after_the_other_keep_what_one_keeps(monkeypatch):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    five = costs.Method(members=5)
+    needed = {
+        (members, at_once): remat.needed(
+            LLAMA, costs.Method(members=members), SHAPE, mesh, packs=100, width=2, at_once=at_once
+        )
+        for members, at_once in ((1, True), (5, False), (5, True))
+    }
+    state = 12 * (costs.elements(costs.adapter_leaves(LLAMA, five)) + LLAMA.D)
+    assert needed[5, False] - needed[1, True] == 4 * state  # weights and moments in float32
+    assert needed[5, True] - needed[5, False] > 4 * state // 3  # and gradients, and activations
+    assert chosen(monkeypatch, 78, 8192, of=five) == chosen(monkeypatch, 74, 8192)
+
+
+def test_members_take_their_step_at_once_where_memory_holds_them(monkeypatch):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    full = costs.Method(remat='full', members=5)
+    shape = SHAPE._replace(tokens=8192, rows=((16, 512), (16, 1024)))
+
+    def how(gigabytes, of=full, **options):
+        memory = None if gigabytes is None else gigabytes * 10**9
+        monkeypatch.setattr(remat, 'memory', lambda mesh: memory)
+        return members.choose(LLAMA, of, shape, mesh, **options)
+
+    needed = remat.needed(LLAMA, full, shape, mesh, packs=1, width=2) / 1e9
+    assert how(needed / plan.SHARE + 0.1) == 'vmap'
+    assert how(needed) == 'scan'
+    assert how(needed, dataclasses.replace(full, members=2)) == 'vmap'
+    assert how(needed / plan.SHARE + 0.1, packs=2) == 'scan'
+    assert how(None) == ('scan' if jax.default_backend() == 'cpu' else 'vmap')
 
 
 def test_without_a_known_memory_nothing_is_computed_again():

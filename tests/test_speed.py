@@ -60,7 +60,7 @@ def values(jaxpr):
     """The shapes of everything that a program makes."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars)
-        for inner in flops._inner(equation):
+        for inner in flops.inner(equation):
             yield from values(inner)
 
 
