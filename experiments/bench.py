@@ -11,14 +11,15 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrm import costs, heads, lora, losses, packing, reward, shapes, train, tree
+from jaxrm import costs, fused, heads, lora, losses, packing, reward, shapes, train, tree
 from jaxrm.backbones.layers import Config, Decoder, Kind, Rope
 from jaxrm.tokens import Tokens
 
@@ -43,6 +44,7 @@ PROFILES = {
     'tldr': Profile((360, 80), (35, 12), 2, 8192, 2048),
     'helpsteer': Profile((634, 300), (100, 60), 2, 16384, 2048),  # 6.34 prompts an answer
 }
+ProfileName = Literal[tuple(PROFILES)]  # of flags: another name is refused where they are read
 
 
 def gamma(rng: np.random.Generator, mean_spread: tuple[float, float], size: int) -> np.ndarray:
@@ -82,6 +84,18 @@ def data(profile: Profile, *, vocabulary: int, seed: int = 0) -> Tokens:
     return trees(prompt, own.reshape(len(prompt), -1), vocabulary=vocabulary, seed=seed)
 
 
+def rows(t: Tokens) -> list[tuple[list[int], list[int]]]:
+    """The token ids of each pair's chosen and rejected row."""
+    out = []
+    for i in range(len(t.prompt)):
+        ids = t.ids[t.start[i] : t.start[i + 1]]
+        prompt, ends = ids[: t.prompt[i]], np.cumsum(t.length[t.first[i] : t.first[i + 1]])
+        own = np.split(ids[t.prompt[i] :], ends[:-1])
+        order = np.argsort(t.rank[t.first[i] : t.first[i + 1]], kind='stable')
+        out.append(tuple(np.concatenate([prompt, own[m]]).tolist() for m in order))
+    return out
+
+
 # Models
 
 
@@ -93,6 +107,7 @@ MODELS = {
     ),
     'tiny': Config(V=512, D=64, F=128, L=3, Q=4, K=2, H=16),
 }
+ModelName = Literal[tuple(MODELS)]
 
 
 def model(c: Config, dtype: Any, attention: Any, remat: str = 'none') -> reward.RewardModel:
@@ -114,22 +129,42 @@ def parameters(c: Config, rank: int = 16, dtype: Any = jnp.float32) -> tree.Tree
     }
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _normal(key: jax.Array, scale: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _normal(
+    key: jax.Array, scale: float, shape: tuple[int, ...], dtype: Any, stacked: bool
+) -> jax.Array:
+    """Of layers one by one: random bits take several times the memory of what is made of them."""
+    if stacked:
+        keys = jax.random.split(key, shape[0])
+        return jax.lax.map(lambda k: _normal(k, scale, shape[1:], dtype, False), keys)
     return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
 
 
 def drawn(shapes: tree.Tree, seed: int = 0) -> tree.Tree:
-    """Random values for every leaf, made on the device: norms about 1, matrices by their width."""
+    """Random values for every leaf, made on the device: norms about 1, matrices by their width.
 
-    def draw(name: str, x: Any) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), hash_of(name))
-        if name.endswith('scale'):
-            return 1 + _normal(key, 0.1, x.shape, x.dtype)
-        scale = 0.01 if name.endswith('/b') else x.shape[-2] ** -0.5
-        return _normal(key, scale, x.shape, x.dtype)
+    Leaves may be those of a fused backbone. What differs in shape is compiled at the same time.
+    """
+    key = jax.random.key(seed)
+    leaves = {n: (x.shape, x.dtype, 'layers' in n) for n, x in tree.flatten(shapes).items()}
+    lower = functools.partial(_normal.lower, key, 1.0)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = {of: pool.submit(lower(*of).compile) for of in set(leaves.values())}
+        made = {of: job.result() for of, job in jobs.items()}
 
-    return tree.map_named(draw, shapes)
+    def draw(name: str, of: Any) -> jax.Array:
+        x = made[of](jax.random.fold_in(key, hash_of(name)), _scale(name, of[0]))
+        return 1 + x if name.endswith('scale') else x
+
+    return tree.unflatten({name: draw(name, of) for name, of in leaves.items()})
+
+
+def _scale(name: str, shape: tuple[int, ...]) -> float:
+    """The spread of a leaf's values."""
+    if name.endswith('scale'):
+        return 0.1
+    wide = name.split('/')[-2] in fused.NAMES.values()
+    return 0.01 if name.endswith('/b') else shape[-3 if wide else -2] ** -0.5
 
 
 def hash_of(text: str) -> int:
@@ -206,7 +241,7 @@ def alternate(
     calls: Mapping[str, Callable[[], Any]],
     rounds: int,
     *,
-    warmup: int = 2,
+    warmup: int = 3,
     until: float | None = None,
     least: int = 3,
 ) -> dict[str, list[float]]:
@@ -223,6 +258,25 @@ def alternate(
             jax.block_until_ready(call())
             spent[name].append(time.perf_counter() - start)
     return {name: seconds[warmup:] for name, seconds in spent.items()}
+
+
+def timed(fn: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives, and the seconds it took."""
+    start = time.perf_counter()
+    return fn(), time.perf_counter() - start
+
+
+def kept(makers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each gives, and {'failed': why} of those that give nothing."""
+    found, failed = {}, {}
+    for name, maker in makers.items():
+        try:
+            found[name] = maker()
+        except Exception as error:  # the others are worth having without it
+            failed[name] = {
+                'failed': f'{type(error).__name__}: {" ".join(str(error).split())[:500]}'
+            }
+    return found, failed
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -252,6 +306,7 @@ def machine() -> dict[str, Any]:
         'device': device.device_kind,
         'devices': jax.device_count(),
         'cpus': len(os.sched_getaffinity(0)),
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
     }
 
 

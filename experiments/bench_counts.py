@@ -36,8 +36,8 @@ BATCHES = 8, 16, 64  # pairs, where they are padded
 @dataclasses.dataclass(frozen=True)
 class Config:
     output_dir: Path = Path('runs/bench')
-    model: str = 'llama-3-8b'
-    profiles: tuple[str, ...] = tuple(bench.PROFILES)
+    model: bench.ModelName = 'llama-3-8b'
+    profiles: tuple[bench.ProfileName, ...] = tuple(bench.PROFILES)
 
 
 # FLOPs

@@ -17,7 +17,7 @@ from jaxrm import packing, shapes
 @dataclasses.dataclass(frozen=True)
 class Config:
     output_dir: Path = Path('runs/bench')
-    profiles: tuple[str, ...] = tuple(bench.PROFILES)
+    profiles: tuple[bench.ProfileName, ...] = tuple(bench.PROFILES)
     rounds: int = 5
 
 

@@ -11,18 +11,21 @@ many pairs, as long as their longest rows in the mean. FLOPs are those of the pr
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from experiments import bench, bench_cells, common
+from jaxrm import costs
+
+What = Literal['scoring', 'LoRA step', 'full step']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     output_dir: Path = Path('runs/bench')
-    profiles: tuple[str, ...] = ('hh', 'ultrafeedback', 'tldr')
-    what: tuple[str, ...] = ('scoring', 'LoRA step', 'full step')
+    profiles: tuple[bench.ProfileName, ...] = ('hh', 'ultrafeedback', 'tldr')
+    what: tuple[What, ...] = ('scoring', 'LoRA step', 'full step')
     hidden_size: int = 256
     num_hidden_layers: int = 4
     vocabulary: int = 1024
@@ -31,7 +34,7 @@ class Config:
     rounds: int = 10
 
 
-def programs(c: Config, s: bench_cells.Setup, profile: str, what: str) -> dict[str, Any]:
+def jobs(c: Config, s: bench_cells.Setup, profile: str, what: str) -> dict[str, bench_cells.Job]:
     """The three ways."""
     t = bench.data(bench.PROFILES[profile]._replace(records=512), vocabulary=c.vocabulary)
     ways = {
@@ -39,10 +42,9 @@ def programs(c: Config, s: bench_cells.Setup, profile: str, what: str) -> dict[s
         'repeated': bench_cells.packed(s, t, c.tokens, apart=True),
         'padded': bench_cells.padded(s, t, c.train_batch_size),
     }
-    if what == 'scoring':
-        return {name: bench_cells.scoring(s, b) for name, b in ways.items()}
-    method = bench_cells.FULL if what == 'full step' else bench_cells.LORA
-    return {name: bench_cells.step(s, b, method=method) for name, b in ways.items()}
+    methods = {'scoring': costs.SCORING, 'full step': bench_cells.FULL}
+    method = methods.get(what, bench_cells.LORA)
+    return {name: bench_cells.Job(b, method) for name, b in ways.items()}
 
 
 def main(c: Config) -> None:
@@ -54,11 +56,10 @@ def main(c: Config) -> None:
     rows = {}
     for what in c.what:
         for profile in c.profiles:
-            made = programs(c, s, profile, what)
-            times = bench_cells.measured(made, c.rounds)
+            times = bench_cells.measured(s, jobs(c, s, profile, what), c.rounds)
             cells = []
             for other in ('repeated', 'padded'):
-                ratio = bench_cells.faster(times, made, other=other)
+                ratio = bench_cells.faster(times, other=other)
                 times[other] |= {'packed_over_it': ratio}
                 wall = bench.said((ratio['wall'], *ratio['quartiles']))
                 cells += [wall, f'{ratio["flops"]:.2f}', f'{ratio["of_flops"]:.2f}']

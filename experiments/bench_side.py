@@ -7,7 +7,6 @@ took, again and again until the input ends.
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,58 +16,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import bench
-from jaxrm import checkpoint, evaluate, lora, packing, shapes, sharding, tokens, train, tree
+from experiments.bench_turns import Turns
+from jaxrm import (
+    checkpoint,
+    evaluate,
+    lora,
+    packing,
+    programs,
+    shapes,
+    sharding,
+    tokens,
+    train,
+    tree,
+)
 from jaxrm.backbones import attention
 from jaxrm.backbones.layers import Config
 
 PACK = 4096  # tokens, where scores are all that is wanted
-MULTIPLE = 16
 
 
-class Turns:
-    """Waits for a number of units, counts them down, says how long they took, and waits again."""
-
-    def __init__(self) -> None:
-        self.out = os.fdopen(os.dup(1), 'w')
-        sys.stdout = sys.stderr  # what libraries print
-        self.more: dict[str, Any] = {}  # of the first turn
-
-    def wait(self) -> int:
-        """The units to make; ends the process with the input."""
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(0)  # from the depths of somebody's loop
-        self.left = self.asked = int(line)
-        self.done = 0.0
-        self.start = time.perf_counter(), time.process_time()
-        return self.asked
-
-    def tick(self, done: float = 1, units: int = 1) -> None:
-        """So many more units are made, which are worth `done`."""
-        self.left -= units
-        self.done += done
-        if self.left > 0:
-            return
-        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-        said = {'seconds': wall, 'cpu': cpu, 'done': self.done, **self.more}
-        self.out.write(json.dumps(said) + '\n')
-        self.out.flush()
-        self.more = {}
-        self.wait()
+def one_device() -> Any:
+    """The mesh, as torch has it."""
+    return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def read(folder: Path) -> tuple[dict[str, Any], Config, tree.Tree, tokens.Tokens]:
     """The sizes, the model, on the devices, and the pairs."""
     about = json.loads((folder / 'about.json').read_text())
     found = checkpoint.load_pretrained(folder / 'model')
-    params = sharding.place(found.params, sharding.make_mesh())
+    params = sharding.place(found.params, one_device())
     return about, found.config, params, tokens.Tokens(**np.load(folder / 'tokens.npz'))
+
+
+def model(about: dict[str, Any], config: Config) -> tuple[Any, Any]:
+    """The reward model and the mesh; it computes in `dtype`, with the attention that is default."""
+    mesh, dtype = one_device(), jnp.dtype(about.get('dtype', 'float32'))
+    return bench.model(config, dtype, attention.default(dtype, config, mesh)), mesh
 
 
 def train_steps(turns: Turns, folder: Path, adapter: bool) -> None:
     """`train.fit` over packs of as many pairs as the other side's batch has, in the mean."""
     about, config, params, t = read(folder)
-    rm, mesh = bench.model(config, jnp.float32, attention.xla), sharding.make_mesh()
+    rm, mesh = model(about, config)
     learns = {'head': params['head']}
     if adapter:
         learns['lora'] = lora.init(params['backbone'], jax.random.key(0), rank=16)
@@ -76,7 +65,7 @@ def train_steps(turns: Turns, folder: Path, adapter: bool) -> None:
     else:
         learns['backbone'], frozen = params['backbone'], {}
     size = bench.mean_size(t, about['train_batch_size'])
-    shape = shapes.fit(t, size=size, width=config.D, multiple=MULTIPLE)
+    shape = shapes.fit(t, size=size, width=config.D, multiple=attention.row_multiple())
     batches = packing.Batches(t, shape, 1, seed=0)
     tx = train.adamw(1e-4)
     steps = 10**5
@@ -97,10 +86,10 @@ def train_steps(turns: Turns, folder: Path, adapter: bool) -> None:
 def score(turns: Turns, folder: Path, apart: bool) -> None:
     """Scores of pairs, packed in every turn anew; `apart` has each row's prompt to itself."""
     about, config, params, t = read(folder)
-    rm, mesh = bench.model(config, jnp.float32, attention.xla), sharding.make_mesh()
+    rm, mesh = model(about, config)
     t = tokens.select(t, np.arange(about['rows'] // 2))
     t = tokens.unshare(t) if apart else t
-    shape = shapes.fit(t, size=PACK, width=config.D, multiple=MULTIPLE)
+    shape = shapes.fit(t, size=PACK, width=config.D, multiple=attention.row_multiple())
     compiled = jax.jit(rm.score)
     turns.wait()
     while True:
@@ -167,4 +156,5 @@ SIDES: dict[str, Callable[[Turns, Path], None]] = {
 
 
 if __name__ == '__main__':
+    programs.keep(os.environ)
     SIDES[sys.argv[1]](Turns(), Path(sys.argv[2]))

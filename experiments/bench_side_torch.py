@@ -4,44 +4,12 @@ As bench_side, it makes units in turns: python experiments/bench_side_torch.py T
 """
 
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
+from experiments.bench_turns import Turns
+
 TOKENS, ROW = 2048, 256
-
-
-class Turns:
-    """Waits for a number of units, counts them down, says how long they took, and waits again."""
-
-    def __init__(self):
-        self.out = os.fdopen(os.dup(1), 'w')
-        sys.stdout = sys.stderr
-        self.more = {}
-
-    def wait(self) -> int:
-        """The units to make; ends the process with the input."""
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(0)
-        self.left = self.asked = int(line)
-        self.done = 0.0
-        self.start = time.perf_counter(), time.process_time()
-        return self.asked
-
-    def tick(self, done=1, units=1) -> None:
-        """So many more units are made, which are worth `done`."""
-        self.left -= units
-        self.done += done
-        if self.left > 0:
-            return
-        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-        said = {'seconds': wall, 'cpu': cpu, 'done': self.done, **self.more}
-        self.out.write(json.dumps(said) + '\n')
-        self.out.flush()
-        self.more = {}
-        self.wait()
 
 
 def read(folder) -> tuple:
@@ -50,10 +18,66 @@ def read(folder) -> tuple:
         return about, [json.loads(line) for line in file]
 
 
+def place(about) -> dict:
+    """Where and in what it computes."""
+    return {'device': about.get('device', 'cpu'), 'dtype': about.get('dtype', 'float32')}
+
+
+def adapter_config() -> object:
+    """LoRA on all linears, and the head."""
+    import peft
+
+    return peft.LoraConfig(
+        r=16, lora_alpha=32, task_type='SEQ_CLS', modules_to_save=['score'],
+        target_modules=[f'{n}_proj' for n in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')],
+    )  # fmt: skip
+
+
+def padded(rows, pad) -> dict:
+    """Rows of ids as a batch."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {'input_ids': ids, 'attention_mask': mask}
+
+
+def loop(turns, folder) -> None:
+    """LoRA steps without a trainer: what RewardTrainer does of a batch, and nothing beside."""
+    import peft
+    import torch
+    import transformers
+
+    about, pairs = read(folder)
+    on, size = place(about), about['train_batch_size']
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / 'model', dtype=on['dtype']
+    )
+    model = peft.get_peft_model(model, adapter_config()).to(on['device'])
+    learns = [x for x in model.parameters() if x.requires_grad]
+    tx = torch.optim.AdamW(learns, lr=1e-4)
+    pad = model.config.pad_token_id
+    turns.wait()
+    while True:
+        for at in torch.randperm(len(pairs)).split(size)[: len(pairs) // size]:
+            some = [pairs[i] for i in at.tolist()]
+            rows = [pair[side] for side in ('chosen_ids', 'rejected_ids') for pair in some]
+            batch = {name: x.to(on['device']) for name, x in padded(rows, pad).items()}
+            chosen, rejected = model(**batch).logits[:, 0].float().chunk(2)
+            loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learns, 1.0)
+            tx.step()
+            tx.zero_grad(set_to_none=True)
+            if turns.left == 1:
+                learns[0].sum().item()  # waits for the device
+            turns.tick(size)
+
+
 def train(turns, folder, adapter) -> None:
     """TRL's trainer as it comes, but for what would slow it down here: remat, bf16, logging."""
     import datasets
-    import peft
     import transformers
     import trl
 
@@ -67,24 +91,23 @@ def train(turns, folder, adapter) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             turns.tick(size)
 
+    on = place(about)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / 'model')
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder / 'model', dtype='float32'
+        folder / 'model', dtype=on['dtype']
     )
     config = trl.RewardConfig(
         output_dir=str(folder / 'trl'), max_steps=10**5, per_device_train_batch_size=size,
         learning_rate=1e-4, lr_scheduler_type='constant', max_length=about['max_length'],
-        gradient_checkpointing=False, bf16=False, use_cpu=True, report_to='none',
+        gradient_checkpointing=False, bf16=on['dtype'] == 'bfloat16',
+        use_cpu=on['device'] == 'cpu', report_to='none',
         logging_strategy='no', save_strategy='no', disable_tqdm=True,
         dataloader_drop_last=True,
     )  # fmt: skip
-    lora = peft.LoraConfig(
-        r=16, lora_alpha=32, task_type='SEQ_CLS', modules_to_save=['score'],
-        target_modules=[f'{n}_proj' for n in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')],
-    )  # fmt: skip
+    lora = adapter_config() if adapter else None
     trainer = trl.RewardTrainer(
         model=model, args=config, processing_class=tokenizer, callbacks=[Hook()],
-        train_dataset=datasets.Dataset.from_list(pairs), peft_config=lora if adapter else None,
+        train_dataset=datasets.Dataset.from_list(pairs), peft_config=lora,
     )  # fmt: skip
     trainer.train()
 
@@ -97,9 +120,10 @@ def score(turns, folder, batch) -> None:
     about, pairs = read(folder)
     rows = [ids for pair in pairs for ids in (pair['chosen_ids'], pair['rejected_ids'])]
     rows = rows[: about['rows']]
+    on = place(about)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder / 'model', dtype='float32'
-    )
+        folder / 'model', dtype=on['dtype']
+    ).to(on['device'])
     pad = model.config.pad_token_id
     model.eval()
     turns.wait()
@@ -107,11 +131,9 @@ def score(turns, folder, batch) -> None:
         found = []
         for at in range(0, len(rows), batch):
             part = rows[at : at + batch]
-            longest = max(map(len, part))
-            ids = torch.tensor([row + [pad] * (longest - len(row)) for row in part])
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in part])
+            batch_of = {name: x.to(on['device']) for name, x in padded(part, pad).items()}
             with torch.inference_mode():
-                found += model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
+                found += model(**batch_of).logits[:, 0].float().tolist()
         turns.more = {'scores': found[:64]}
         turns.tick(len(found), len(found))
 
@@ -161,6 +183,7 @@ def attention(turns, folder) -> None:
 SIDES = {
     'trl_full': lambda turns, folder: train(turns, folder, adapter=False),
     'trl_lora': lambda turns, folder: train(turns, folder, adapter=True),
+    'peft_lora': loop,
     'padded_16': lambda turns, folder: score(turns, folder, 16),
     'one_by_one': lambda turns, folder: score(turns, folder, 1),
     'torch_linears': linears,

@@ -16,16 +16,16 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import bench, common
+from experiments.bench_turns import Side
 from experiments.scratch import tiny, train_tokenizer
 from jaxrm import checkpoint, costs, data, flops, heads, packing, reward, tokens, train
 from jaxrm.backbones import attention
@@ -41,6 +41,7 @@ TASKS = {
     'linears of a layer': ('linears', 'torch_linears'),
     'attention of a layer': ('attention', 'torch_attention'),
 }
+Task = Literal[tuple(TASKS)]
 TORCH = {'trl_full', 'trl_lora', 'padded_16', 'one_by_one', 'torch_linears', 'torch_attention'}
 METHODS = {
     'full': costs.Method('everything', rank=0, remat='none'),
@@ -53,7 +54,7 @@ MULTIPLE = 16  # of row lengths
 class Config:
     torch_python: str = sys.executable
     output_dir: Path = Path('runs/bench_trl')
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[Task, ...] = tuple(TASKS)
     alternations: int = 7
     steps: int = 20  # of a turn of training
     rows: int = 400  # of a turn of scoring
@@ -80,18 +81,6 @@ def records(c: Config) -> list[data.Preference]:
     return [found[i] for i in order[: c.pairs]]
 
 
-def rows(t: tokens.Tokens, limit: int | None = None) -> list[tuple[list[int], list[int]]]:
-    """The token ids of each pair's chosen and rejected row."""
-    out = []
-    for i in range(len(t.prompt))[:limit]:
-        ids = t.ids[t.start[i] : t.start[i + 1]]
-        prompt, ends = ids[: t.prompt[i]], np.cumsum(t.length[t.first[i] : t.first[i + 1]])
-        own = np.split(ids[t.prompt[i] :], ends[:-1])
-        order = np.argsort(t.rank[t.first[i] : t.first[i + 1]], kind='stable')
-        out.append(tuple(np.concatenate([prompt, own[m]]).tolist() for m in order))
-    return out
-
-
 def prepare(c: Config) -> tokens.Tokens:
     """Writes the model, the pairs as token trees and as rows of ids, and the sizes."""
     found = records(c)
@@ -106,7 +95,7 @@ def prepare(c: Config) -> tokens.Tokens:
     common.console.print(str(encoded.report))
     np.savez(c.output_dir / 'tokens.npz', **encoded.tokens._asdict())
     with (c.output_dir / 'pairs.jsonl').open('w') as file:
-        for chosen, rejected in rows(encoded.tokens):
+        for chosen, rejected in bench.rows(encoded.tokens):
             file.write(json.dumps({'chosen_ids': chosen, 'rejected_ids': rejected}) + '\n')
     about = {name: getattr(c, name) for name in ('train_batch_size', 'rows', 'max_length')}
     bench.write(c.output_dir / 'about.json', about | sizes(config))
@@ -121,33 +110,13 @@ def sizes(config: Decoder) -> dict[str, int]:
 # Turns
 
 
-class Side:
-    """A process that makes a number of units when it is told to, and times them."""
-
-    def __init__(self, c: Config, name: str):
-        here = [sys.executable, '-m', 'experiments.bench_side']
-        there = [c.torch_python, str(HERE / 'bench_side_torch.py')]
-        command = [*(there if name in TORCH else here), name, str(c.output_dir)]
-        env = os.environ | {'PYTHONPATH': str(HERE.parent), 'TOKENIZERS_PARALLELISM': 'false'}
-        pipe = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
-        self.name = name
-        self.process = subprocess.Popen(command, env=env, **pipe)
-
-    def turn(self, units: int) -> dict[str, Any]:
-        """{'seconds', 'cpu', 'done'}, and what else it says of them."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(f'{units}\n')
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise ValueError(f'{self.name}: the process ended with {self.process.wait()}')
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+def side(c: Config, name: str) -> Side:
+    """The process that makes one of them."""
+    here = [sys.executable, '-m', 'experiments.bench_side']
+    there = [c.torch_python, str(HERE / 'bench_side_torch.py')]
+    command = [*(there if name in TORCH else here), name, str(c.output_dir)]
+    environ = os.environ | {'PYTHONPATH': str(HERE.parent), 'TOKENIZERS_PARALLELISM': 'false'}
+    return Side(name, command, environ)
 
 
 def units(c: Config, task: str) -> int:
@@ -157,17 +126,17 @@ def units(c: Config, task: str) -> int:
 
 def alternate(c: Config, task: str) -> dict[str, list[dict[str, Any]]]:
     """What each side says of each turn; the first, which compiles, is left out."""
-    sides = [Side(c, name) for name in TASKS[task]]
+    sides = [side(c, name) for name in TASKS[task]]
     try:
-        first = [side.turn(units(c, task)) for side in sides]
-        check(task, {side.name: turn for side, turn in zip(sides, first, strict=True)})
-        out: dict[str, list[Any]] = {side.name: [] for side in sides}
+        first = [one.turn(units(c, task)) for one in sides]
+        check(task, {one.name: turn for one, turn in zip(sides, first, strict=True)})
+        out: dict[str, list[Any]] = {one.name: [] for one in sides}
         for _ in range(c.alternations):
-            for side in sides:
-                out[side.name].append(side.turn(units(c, task)))
+            for one in sides:
+                out[one.name].append(one.turn(units(c, task)))
     finally:
-        for side in sides:
-            side.close()
+        for one in sides:
+            one.close()
     return out
 
 

@@ -33,6 +33,12 @@ LIMITS = {
     'vocabulary': (262, math.inf),  # the bytes, and six tokens of the template
     'hidden_size': (16, math.inf),
     'num_hidden_layers': (1, math.inf),
+    'rounds': (1, math.inf),
+    'alternations': (1, math.inf),
+    'steps': (1, math.inf),
+    'rows': (2, math.inf),
+    'pairs': (1, math.inf),
+    'tokens': (1, math.inf),
 }
 
 
@@ -40,7 +46,7 @@ def check(c: Any) -> None:
     """Raises ValueError naming the first flag of `c` that is outside its limits."""
     for name, (low, high) in LIMITS.items():
         value = getattr(c, name, None)
-        if value is None or low <= value <= high:
+        if not isinstance(value, int | float) or low <= value <= high:
             continue
         least = 'more than 0' if low == math.ulp(0.0) else f'at least {low}'
         most = '' if high == math.inf else f' and at most {high:.6g}'

@@ -1,5 +1,6 @@
-"""The benchmark harness: what it counts and how it takes turns; in small, every cell for GPUs."""
+"""The benchmark harness: what it counts, and how it takes turns."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench, bench_cells, bench_gpu, bench_trl
+from experiments import bench, bench_cells, bench_trl
 from jaxrm import costs, packing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,26 +98,102 @@ def test_even_rows_are_full(gathers):
 
 
 def test_speed_is_per_record():
-    made = {
-        'a': bench_cells.Program(None, None, 0, 30, 2, 0),
-        'b': bench_cells.Program(None, None, 0, 60, 1, 0),
+    found = {
+        'a': {'seconds': [1.0, 1.0], 'records': 2, 'done_flops': 30},
+        'b': {'seconds': [3.0, 3.0], 'records': 1, 'done_flops': 60},
+        'c': {'failed': 'no room'},
     }
-    found = {'a': {'seconds': [1.0, 1.0]}, 'b': {'seconds': [3.0, 3.0]}}
-    ratio = bench_cells.faster(found, made, 'a', 'b')  # 2 in 1 s, 1 in 3 s
+    ratio = bench_cells.faster(found, 'a', 'b')  # 2 in 1 s, 1 in 3 s
     assert (ratio['wall'], ratio['flops'], ratio['of_flops']) == (6, 4, 1.5)
+    with pytest.raises(ValueError, match='c: no room'):
+        bench_cells.faster(found, 'a', 'c')
+
+
+def test_rates_are_of_the_median():
+    p = bench_cells.Program(None, None, needed=60.0, naive=180.0, done=90.0, records=4, tokens=10)
+    found = bench_cells.about(p, [2.0, 3.0, 9.0], ceiling=100.0, peak=200.0)
+    assert (found['median'], found['records_per_s']) == (3, pytest.approx(4 / 3))
+    rates = {'fol': 0.2, 'fol_done': 0.3, 'fol_effective': 0.6, 'mfu': 0.1}
+    assert {name: found[name] for name in rates} == pytest.approx(rates)
+
+
+def test_what_fails_does_not_take_the_rest_with_it():
+    found, failed = bench.kept({'a': lambda: 1, 'b': lambda: {}['x'], 'c': lambda: 3})
+    assert found == {'a': 1, 'c': 3}
+    assert failed == {'b': {'failed': "KeyError: 'x'"}}
+
+
+def test_steps_one_by_one_are_as_many_as_members():
+    seen = []
+
+    def made(state, frozen):
+        seen.append((state, frozen))
+        return state + 1, {'loss': state}
+
+    at = [0]
+    assert bench_cells.repeated(at, 5, 'base')(made)() == {'loss': 4}
+    assert seen == [(i, 'base') for i in range(5)]
+    assert at == [5]
+
+
+@pytest.fixture(scope='module')
+def drawn():
+    config = bench.Config(V=32, D=16, F=32, L=2, Q=2, K=1, H=8)
+    return bench_cells.setup(config, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ('members', 'how', 'calls'),
+    [(1, None, 1), (3, None, 3), (3, 'scan', 1)],
+    ids=['alone', 'one by one', 'at once'],
+)
+def test_a_program_needs_the_flops_of_its_real_tokens(drawn, members, how, calls):
+    """By hand: full rows, of the lower layer everything, of the top one k, v and what is read."""
+    rows, length, D, F, H, r = 2, 16, 16, 32, 8, 16
+    b = bench_cells.even(drawn, rows, length, gathers=False)
+    method = dataclasses.replace(bench_cells.LORA, members=members, remat='dots')
+    p = bench_cells.make(drawn, bench_cells.Job(b, method, how=how))
+    sizes = {'q': (D, 2 * H), 'k': (D, H), 'v': (D, H), 'o': (2 * H, D),
+             'gate': (D, F), 'up': (D, F), 'down': (F, D)}  # fmt: skip
+    N, reads = rows * length, 2 * rows
+    want = 0
+    for name, (i, o) in sizes.items():
+        through = N + (N if name in 'kv' else reads)
+        want += through * (4 * i * o + 6 * r * (i + o))  # frozen: twice; learning: three times
+    seen = rows * length * (length + 1) // 2
+    gate = length // 2  # the prompt's last token sees as many
+    want += 2 * 2 * H * (7 * seen + 6 * rows * (length + gate)) + 6 * D * rows
+    assert p.needed == members * want
+    # Of full rows that share nothing, but for what padding would see.
+    assert p.needed < p.naive < 1.01 * p.needed
+    assert p.done > p.needed  # attention is computed again
+    assert (p.records, p.tokens) == (members * rows / 2, members * N)
+    seen = []
+    p.call(lambda state, *rest: (state, seen.append(rest)))()
+    assert len(seen) == calls
+
+
+def test_what_is_drawn_fused_is_as_wide_as_what_is_drawn_apart():
+    c = bench.Config(V=64, D=64, F=128, L=3, Q=4, K=2, H=16)
+    made = bench_cells.setup(c, jnp.float32).params['backbone']
+    for layer in ('layers', 'top'):
+        for name, x in made[layer].items():
+            if 'kernel' in x:
+                wide = 128 if name == 'down' else 64
+                assert np.std(x['kernel']) == pytest.approx(wide**-0.5, rel=0.1), name
+    assert {'qkv', 'gate_up'} <= set(made['layers'])
+    assert len({x.tobytes() for x in np.asarray(made['layers']['o']['kernel'])}) == 2
 
 
 def test_rows_of_pairs_are_the_whole_texts():
     t = lengths(3)
     t = t._replace(rank=np.array([1, 0, 0, 1, 0, 1], np.int32))
-    for i, (chosen, rejected) in enumerate(bench_trl.rows(t)):
+    for i, (chosen, rejected) in enumerate(bench.rows(t)):
         ids = t.ids[t.start[i] : t.start[i + 1]].tolist()
         cut, end = t.prompt[i], t.prompt[i] + t.length[2 * i]
         sides = ids[:end], ids[:cut] + ids[end:]
         assert [chosen, rejected] == list(sides[::-1] if i == 0 else sides)
-    assert packing.row_lengths(t).sum() == sum(
-        len(row) for row in itertools.chain(*bench_trl.rows(t))
-    )
+    assert packing.row_lengths(t).sum() == sum(len(row) for row in itertools.chain(*bench.rows(t)))
 
 
 def test_sides_that_score_differently_are_refused():
@@ -125,65 +202,6 @@ def test_sides_that_score_differently_are_refused():
     bench_trl.check('training', {'train': {}, 'trl': {}})
     with pytest.raises(ValueError, match=r'padded_16 are up to 1\.00e-02'):
         bench_trl.check('scoring', same | {'padded_16': {'scores': [1.0, 2.01]}})
-
-
-def test_what_does_not_fit_into_the_budget_is_skipped(tmp_path, clock):
-    run = bench_gpu.Run(False, 1, 20.0, tmp_path, {})
-    found = bench_gpu.cell(run, 'lora', 30, lambda run: {'never': 1})
-    assert found == {'skipped': '20 s are left, it may take 30'}
-    assert bench_gpu.cell(run, 'lora', 10, lambda run: {'a': 1}) == {'a': 1, 'cell_seconds': 0}
-    found = bench_gpu.cell(run, 'lora', 10, lambda run: {}['b'])
-    assert found['failed'] == "KeyError: 'b'"
-
-
-def test_nothing_is_timed_of_a_device_that_computes_wrongly(tmp_path, monkeypatch, clock):
-    cells = {'ceilings': (0, lambda run: {}), 'probe': (0, lambda run: 1 / 0), 'lora': (0, None)}
-    monkeypatch.setattr(bench_gpu, 'CELLS', cells)
-    with pytest.raises(SystemExit):
-        bench_gpu.main(['--output_dir', str(tmp_path), '--cells', 'lora'])
-    found = json.loads((tmp_path / 'gpu.json').read_text())
-    assert found['probe']['failed'].startswith('ZeroDivisionError')
-    assert 'lora' not in found
-
-
-def test_distance_is_of_all_leaves():
-    want, found = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}, {'a': jnp.zeros(1)}
-    assert bench_gpu.distance(want, found | {'b': jnp.array([4.0])}) == pytest.approx(0.6)
-    assert not bench_gpu.distance(want, found | {'b': jnp.array([jnp.nan])}) < 0.05
-
-
-def test_a_cell_of_the_gpu_benchmark(tmp_path):
-    run = bench_gpu.Run(True, 3, float('inf'), tmp_path, {'ceilings': {'matmul_flops_per_s': 1e9}})
-    cell = bench_gpu.best_of(run, bench_gpu.BIG)
-    shared, apart, ratio = cell['shared'], cell['apart'], cell['shared over apart']
-    assert 1.5 < ratio['flops'] < 1.1 * cell['token_ratio'] < 2.1
-    assert shared['needed_flops'] < shared['done_flops']
-    assert len(shared['seconds']) == len(apart['seconds']) == 3
-    assert shared['fol'] == pytest.approx(shared['flops_per_s'] / 1e9)
-    said = bench_gpu.line('shared over apart', ratio)
-    assert f'of_flops {ratio["of_flops"]:.4g}' in said
-
-
-def tiny(folder, *cells):
-    out = folder / 'out'
-    bench_gpu.main(['--tiny', '--rounds', '3', '--output_dir', str(out), '--cells', *cells])
-    return json.loads((out / 'gpu.json').read_text())
-
-
-@pytest.mark.slow
-def test_all_cells_of_the_gpu_benchmark(tmp_path):
-    found = tiny(tmp_path, *bench_gpu.CELLS)
-    assert list(found)[2:] == list(bench_gpu.CELLS)
-    assert found['ceilings']['matmul_flops_per_s'] > 0
-    assert 0 <= found['probe']['gradients'] < 1e-3
-    for name in bench_gpu.CELLS:
-        assert not {'failed', 'skipped'} & set(found[name]), found[name]
-    limits = found['limit-8b']
-    assert limits['none']['bytes_per_token'] > limits['dots']['bytes_per_token'] > 0
-    assert limits['none']['ran'] > 0
-    assert found['whole-8b']['cut over lm_head']['flops'] > 1.01
-    per = found['experts-8b']
-    assert per['vmap']['done_flops'] == per['one by one']['done_flops']
 
 
 @pytest.mark.slow
