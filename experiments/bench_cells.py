@@ -197,6 +197,17 @@ def fitted(c: Config, job: Job, room: int) -> Job:
     return job
 
 
+def smaller(jobs: Mapping[str, Job], found: Mapping[str, Any]) -> dict[str, Job]:
+    """Of those for which the memory did not do, and that can compute more again, the next ones."""
+    out = {}
+    for name, job in jobs.items():
+        policy, why = job.method.remat, found[name].get('failed', '')
+        if 'RESOURCE_EXHAUSTED' in why and policy in remat.LADDER[:-1]:
+            less = remat.LADDER[remat.LADDER.index(policy) + 1]
+            out[name] = job._replace(method=dataclasses.replace(job.method, remat=less))
+    return out
+
+
 class Program(NamedTuple):
     """A traced program, how to call what it compiles to, and what one call does."""
 

@@ -127,7 +127,7 @@ def beside(c: argparse.Namespace, until: float) -> dict[str, Any]:
         return {'skipped': f'not installed: {absent}'}
     if until - start < need / 2:
         return {'skipped': f'{until - start:.0f} s are left'}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder, rounds = Path(name), min(c.rounds, 5)
         if apart(bench_gpu_torch.prepare, folder, c.tiny, until=until) == 0:
             apart(bench_gpu_torch.compare, folder, c.torch_python, rounds, until=until)

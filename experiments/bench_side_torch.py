@@ -78,6 +78,7 @@ def loop(turns, folder) -> None:
 def train(turns, folder, adapter) -> None:
     """TRL's trainer as it comes, but for what would slow it down here: remat, bf16, logging."""
     import datasets
+    import torch
     import transformers
     import trl
 
@@ -89,6 +90,8 @@ def train(turns, folder, adapter) -> None:
             turns.wait()
 
         def on_step_end(self, args, state, control, **kwargs):
+            if turns.left == 1 and on['device'] == 'cuda':
+                torch.cuda.synchronize()
             turns.tick(size)
 
     on = place(about)

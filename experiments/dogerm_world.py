@@ -2,7 +2,7 @@
 
 Run:     python -m experiments.dogerm_world               # what is missing, then the table
          python -m experiments.dogerm_world --only_table  # from experiments/results/dogerm_world
-Cost:    about half an hour on two CPU cores; the two bases are kept
+Cost:    40 minutes on a CPU core; the two bases are kept
 Expect:  the table of DogeRM in the world in BENCHMARKS.md
 
 A base reads text of all categories but the domain. A reward model learns pairs of the same

@@ -100,7 +100,7 @@ def find(folder: Path, stem: str = 'model') -> dict[str, Path]:
         return dict.fromkeys(shards.entries(single), single)
     if not index.exists():
         pickles = sorted(p.name for p in folder.glob('*.bin'))
-        hint = f'{pickles}, which are pickles and are not read' if pickles else 'neither'
+        hint = f'{pickles}, which are pickles and are not read' if pickles else 'no weights'
         raise ValueError(f'{folder}: found {hint}, expected {single.name} or {index.name}')
     listed = read_json(index).get('weight_map')
     if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
@@ -369,7 +369,7 @@ def check_free(target: Path | epath.Path, overwrite: bool, holds: Sequence[str])
         return
     if not overwrite:
         raise ValueError(
-            f'{target}: exists, expected no such folder, or overwrite=True (--overwrite)'
+            f'{target}: exists, expected no such folder, or --overwrite (in code overwrite=True)'
         )
     if not any((target / name).is_file() for name in holds):
         raise ValueError(f'{target}: overwrite replaces what holds {holds[0]}, and this does not')

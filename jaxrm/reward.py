@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jaxrm import heads, lora, tree
+from jaxrm import fused, heads, lora, tree
 from jaxrm.backbones import attention
 from jaxrm.packing import Pack
 
@@ -26,17 +26,30 @@ def blend(backbone: tree.Tree, other: tree.Tree, share: Any) -> tree.Tree:
     Mixed where it is used, layer by layer, so that no third model is ever held; `share` is an
     argument of the compiled program, one number or [L], one a layer, of which the embedding and the
     final norm take the first. With a head from elsewhere this is DogeRM (arXiv 2407.01470), whose
-    lambda is `share`. Raises ValueError for trees that differ in a name or a shape.
+    lambda is `share`. Both are fused or neither is; `jaxrm.load` fuses. Raises ValueError for trees
+    that differ in a name or a shape.
     """
     ours, theirs = tree.flatten(backbone), tree.flatten(other)
     for name in sorted(ours.keys() | theirs.keys()):
         a, b = (np.shape(x[name]) if name in x else None for x in (ours, theirs))
         if a != b:
-            raise ValueError(f'blend: {name} is {a} here and {b} in the other, expected one shape')
+            hint = ' (one is fused: see fused.split)' * _half_fused(ours, theirs)
+            raise ValueError(
+                f'blend: {name} is {a} here and {b} in the other, expected one shape{hint}'
+            )
     layers = 1 + (len(jax.tree.leaves(backbone['layers'])[0]) if 'layers' in backbone else 0)
     if np.shape(share) not in ((), (layers,)):
         raise ValueError(f'share: found the shape {np.shape(share)}, expected () or ({layers},)')
     return {'other': other, 'share': jnp.broadcast_to(jnp.asarray(share, jnp.float32), (layers,))}
+
+
+def _half_fused(ours: tree.Tree, theirs: tree.Tree) -> bool:
+    """Whether one tree alone, flat, has kernels of several linears in it."""
+    one, other = (
+        any(part in fused.NAMES.values() for name in x for part in name.split('/'))
+        for x in (ours, theirs)
+    )
+    return one != other
 
 
 def _shared_out(other: tree.Tree, share: jax.Array) -> tree.Tree:

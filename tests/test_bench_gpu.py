@@ -41,6 +41,16 @@ def test_what_does_not_fit_into_the_budget_is_skipped(tmp_path, clock, monkeypat
     assert found['failed'] == "KeyError: 'b'"
 
 
+def test_what_did_not_fit_is_tried_with_less_kept():
+    jobs = {name: bench_cells.Job(None, dataclasses.replace(bench_cells.LORA, remat=name))
+            for name in ('dots', 'mlp', 'full')}  # fmt: skip
+    full = {'failed': 'XlaRuntimeError: RESOURCE_EXHAUSTED: out of memory'}
+    found = bench_cells.smaller(jobs, dict.fromkeys(jobs, full))
+    assert {name: job.method.remat for name, job in found.items()} == {'dots': 'mlp', 'mlp': 'full'}
+    other = {'failed': 'ValueError: no'}
+    assert not bench_cells.smaller(jobs, {'dots': other, 'mlp': {'median': 1}, 'full': full})
+
+
 def flags(folder, *more):
     bench.write(folder / 'gpu.json', {})
     return bench_gpu.arguments(['--output_dir', str(folder), *more])

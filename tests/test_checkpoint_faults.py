@@ -177,7 +177,7 @@ FAULTS = [
         spoiled(removed(WEIGHTS), lambda f: (f / WEIGHTS).mkdir()),
         (WEIGHTS,),
     ),
-    Fault('no weights', spoiled(removed(WEIGHTS)), ('neither', WEIGHTS, INDEX)),
+    Fault('no weights', spoiled(removed(WEIGHTS)), ('no weights', WEIGHTS, INDEX)),
     Fault(
         'pickles',
         spoiled(lambda f: (f / WEIGHTS).rename(f / 'pytorch_model.bin')),
