@@ -20,6 +20,7 @@ from experiments.bench_turns import Turns
 from jaxrm import (
     checkpoint,
     evaluate,
+    fused,
     lora,
     packing,
     programs,
@@ -61,7 +62,7 @@ def train_steps(turns: Turns, folder: Path, adapter: bool) -> None:
     learns = {'head': params['head']}
     if adapter:
         learns['lora'] = lora.init(params['backbone'], jax.random.key(0), rank=16)
-        frozen = {'backbone': params['backbone']}
+        frozen = fused.fuse({'backbone': params['backbone']})
     else:
         learns['backbone'], frozen = params['backbone'], {}
     size = bench.mean_size(t, about['train_batch_size'])
@@ -90,7 +91,7 @@ def score(turns: Turns, folder: Path, apart: bool) -> None:
     t = tokens.select(t, np.arange(about['rows'] // 2))
     t = tokens.unshare(t) if apart else t
     shape = shapes.fit(t, size=PACK, width=config.D, multiple=attention.row_multiple())
-    compiled = jax.jit(rm.score)
+    params, compiled = fused.fuse(params), jax.jit(rm.score)
     turns.wait()
     while True:
         found = evaluate.candidate_scores(compiled, params, t, shape, mesh=mesh, packs=1)
