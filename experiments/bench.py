@@ -266,6 +266,11 @@ def timed(fn: Callable[[], Any]) -> tuple[Any, float]:
     return fn(), time.perf_counter() - start
 
 
+def why(error: Exception) -> dict[str, str]:
+    """{'failed': ...}, in a line."""
+    return {'failed': f'{type(error).__name__}: {" ".join(str(error).split())[:500]}'}
+
+
 def kept(makers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What each gives, and {'failed': why} of those that give nothing."""
     found, failed = {}, {}
@@ -273,9 +278,7 @@ def kept(makers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[
         try:
             found[name] = maker()
         except Exception as error:  # the others are worth having without it
-            failed[name] = {
-                'failed': f'{type(error).__name__}: {" ".join(str(error).split())[:500]}'
-            }
+            failed[name] = why(error)
     return found, failed
 
 

@@ -19,7 +19,6 @@ from jaxrm import (
     costs,
     flops,
     fused,
-    machines,
     members,
     packing,
     plan,
@@ -168,22 +167,15 @@ class Job(NamedTuple):
         load = self.batch.load
         return packing.Shape(load.tokens, load.rows, load.scores, 1)
 
-    @property
-    def at_once(self) -> costs.Method:
-        """What the program holds the activations of."""
-        one = 1 if self.how == 'scan' else self.method.members
-        return dataclasses.replace(self.method, members=one if self.how else 1)
-
 
 def planned(c: Config, job: Job) -> int:
     """Bytes that a program takes on one GPU, by formula, with what is on the device besides."""
-    run = plan.Run(c, job.at_once, machines.parse('h100'), plan.Mesh(1, 1, 1), job.shape)
-    held = plan.estimate(run).held
-    others = job.method.members - job.at_once.members  # of whom there is the state alone
-    more = others * (held['adapters'] + held['moments']) + job.split * held['weights']
+    mesh, at_once = sharding.make_mesh(devices=jax.devices()[:1]), job.how == 'vmap'
+    held = remat.needed(c, job.method, job.shape, mesh, packs=1, width=2, at_once=at_once)
+    more = job.split * costs.state(c, job.method).weights
     if job.top == 'lm_head':  # the kernel, and logits in 16 bits
         more += 2 * c.V * (c.D + job.batch.load.tokens)
-    return sum(held.values()) + more
+    return held + more
 
 
 def fitted(c: Config, job: Job, room: int) -> Job:

@@ -69,7 +69,7 @@ def cell(run: Run, need: float, make: Callable[[Run], dict[str, Any]]) -> Any:
     try:
         found = make(run)
     except Exception as error:  # the others are worth having without it
-        found = {'failed': f'{type(error).__name__}: {str(error)[:500]}'}
+        found = bench.why(error)
     gc.collect()
     stats = {} if run.tiny else jax.devices()[0].memory_stats() or {}
     memory = {n: stats[n] for n in ('peak_bytes_in_use', 'bytes_in_use') if n in stats}

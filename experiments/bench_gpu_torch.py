@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments import bench
-from experiments.bench_turns import Side
+from experiments.bench_turns import Side, take_turns
 from jaxrm import programs
 
 HERE = Path(__file__).parent
@@ -87,20 +87,16 @@ def turns(folder: Path, task: str, python: str | None, rounds: int) -> dict[str,
     """Units a second of each side, and ratios of jaxrm's over the others', turn by turn."""
     about = json.loads((folder / 'about.json').read_text())
     units = about['rows'] if task == 'scoring' else STEPS
-    sides = [side(folder, name, python) for name in TASKS[task]]
-    try:
-        first = {one.name: one.turn(units) for one in sides}
+    sides, far = [side(folder, name, python) for name in TASKS[task]], []
+
+    def check(first: dict[str, Any]) -> None:
         scores = [np.array(turn['scores']) for turn in first.values() if 'scores' in turn]
-        far = [float(np.linalg.norm(x - scores[0]) / np.linalg.norm(scores[0])) for x in scores[1:]]
+        far.extend(float(np.linalg.norm(x - scores[0]) / np.linalg.norm(scores[0]))
+                   for x in scores[1:])  # fmt: skip
         if any(not error < 0.1 for error in far):
             raise ValueError(f'{task}: scores are {far} away from those of jaxrm, expected 0.1')
-        spent: dict[str, list[Any]] = {one.name: [] for one in sides}
-        for _ in range(rounds):
-            for one in sides:
-                spent[one.name].append(one.turn(units))
-    finally:
-        for one in sides:
-            one.close()
+
+    spent = take_turns(sides, units, rounds, check)
     rate = {n: [x['done'] / x['seconds'] for x in said] for n, said in spent.items()}
     mine, *others = rate
     return {

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import bench, common
-from experiments.bench_turns import Side
+from experiments.bench_turns import Side, take_turns
 from experiments.scratch import tiny, train_tokenizer
 from jaxrm import checkpoint, costs, data, flops, heads, packing, reward, tokens, train
 from jaxrm.backbones import attention
@@ -47,7 +47,6 @@ METHODS = {
     'full': costs.Method('everything', rank=0, remat='none'),
     'LoRA': costs.Method('adapter', rank=16, remat='none'),
 }
-MULTIPLE = 16  # of row lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,17 +126,7 @@ def units(c: Config, task: str) -> int:
 def alternate(c: Config, task: str) -> dict[str, list[dict[str, Any]]]:
     """What each side says of each turn; the first, which compiles, is left out."""
     sides = [side(c, name) for name in TASKS[task]]
-    try:
-        first = [one.turn(units(c, task)) for one in sides]
-        check(task, {one.name: turn for one, turn in zip(sides, first, strict=True)})
-        out: dict[str, list[Any]] = {one.name: [] for one in sides}
-        for _ in range(c.alternations):
-            for one in sides:
-                out[one.name].append(one.turn(units(c, task)))
-    finally:
-        for one in sides:
-            one.close()
-    return out
+    return take_turns(sides, units(c, task), c.alternations, functools.partial(check, task))
 
 
 def check(task: str, first: dict[str, dict[str, Any]]) -> None:
@@ -180,7 +169,8 @@ def work(c: Config, t: tokens.Tokens, config: Decoder) -> dict[str, float]:
     batches = bench.padded(t, c.train_batch_size)
     slots, squares = sum(r * s for r, s in batches), sum(r * s * s for r, s in batches)
     whole = costs.Load(slots, (), slots, 0, 2 * n)
-    shape, packs = bench.packed(t, bench.mean_size(t, c.train_batch_size), config.D, MULTIPLE)
+    size, multiple = bench.mean_size(t, c.train_batch_size), attention.row_multiple()
+    shape, packs = bench.packed(t, size, config.D, multiple)
     pack = bench.shapes_of(packing.fill(t, packs[:1], shape))
     out = {
         'tokens of a padded pair': slots / n,

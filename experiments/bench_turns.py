@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
 class Turns:
@@ -67,3 +67,22 @@ class Side:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
+
+
+def take_turns(
+    sides: Sequence[Side], units: int, rounds: int, check: Callable[[dict], object]
+) -> dict[str, list[dict]]:
+    """What each side says of each turn, and ends them.
+
+    The first turn, which compiles, is left out: `check` is given what all said of it, by name.
+    """
+    try:
+        check({one.name: one.turn(units) for one in sides})
+        out: dict[str, list[dict]] = {one.name: [] for one in sides}
+        for _ in range(rounds):
+            for one in sides:
+                out[one.name].append(one.turn(units))
+    finally:
+        for one in sides:
+            one.close()
+    return out

@@ -90,9 +90,7 @@ def launch(config: type, main: Callable[[Any], None]) -> None:
     try:
         c = parse(config)
         trackers.choose(getattr(c, 'report_to', ()))  # what is missing, now rather than later
-        programs.reserve(os.environ)
-        several = processes.join(os.environ)
-        programs.keep(os.environ)
+        several = programs.begin(os.environ)
         console.quiet = several and not processes.first()
         main(c)
         if several:

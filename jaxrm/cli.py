@@ -80,9 +80,7 @@ def score(
     from jaxrm import data as records
     from jaxrm import processes, programs
 
-    programs.reserve(os.environ)
-    processes.join(os.environ)
-    programs.keep(os.environ)
+    programs.begin(os.environ)
     processes.alone(lambda: _check_output(output, overwrite))
     rows = list(records.read(data, split=split))
     loaded = records.preferences(rows, layout=layout, chat=chat, source=data)
@@ -148,9 +146,7 @@ def evaluate(
     """
     from jaxrm import checkpoint, hf, processes, programs, report, results
 
-    programs.reserve(os.environ)
-    processes.join(os.environ)
-    programs.keep(os.environ)
+    programs.begin(os.environ)
     processes.alone(lambda: hf.check_free(output.resolve(), overwrite, [results.RESULTS]))
     if pictures:
         report.check()

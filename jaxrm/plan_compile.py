@@ -45,7 +45,7 @@ def _several(axis: int, count: int, shapes: Shapes) -> Shapes:
     return jax.tree.map(more, shapes)
 
 
-def _parts(rm: reward.RewardModel, method: costs.Method) -> tuple[Shapes, Shapes]:
+def parts(rm: reward.RewardModel, method: costs.Method) -> tuple[Shapes, Shapes]:
     """(what learns, what is frozen) as shapes; frozen weights in bfloat16."""
     key = jax.random.key(0)
     backbone = jax.eval_shape(rm.init_backbone, key)
@@ -86,7 +86,7 @@ def lowered(c: Config, method: costs.Method, shape: packing.Shape, mesh: Mesh, a
     """The step as `train.fit` runs it, or the scores, for arrays placed on the mesh."""
     backbone = Decoder(c, jnp.bfloat16, attention, remat=method.remat)
     rm = reward.RewardModel(backbone, heads.Scalar(), SCALE)
-    learning, frozen = _parts(rm, method)
+    learning, frozen = parts(rm, method)
     fuse = functools.partial(fused.fuse, parts=sharding.tensor_parallel(mesh))
     frozen = jax.eval_shape(fuse, frozen)
     frozen, batch = _on(frozen, sharding.shardings(frozen, mesh)), _batch(shape, mesh)

@@ -3,14 +3,13 @@
 The table has the values of their public config.json files that say how much they cost.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from jaxrm import hf_config
+from jaxrm import hf, hf_config
 from jaxrm.backbones.layers import Config
 
 CONFIG = 'config.json'
@@ -51,13 +50,7 @@ def config_json(name: str) -> dict[str, Any]:
     path = Path(name) / CONFIG
     if not path.is_file():
         path = _downloaded(name)
-    try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path}: not JSON: {error}') from error
-    if not isinstance(found, dict):
-        raise ValueError(f'{path}: found {type(found).__name__}, expected an object')
-    return found
+    return hf.read_json(path)
 
 
 def _downloaded(name: str) -> Path:

@@ -7,8 +7,6 @@ from jaxrm.backbones.layers import Config
 from jaxrm.plan_asked import Asked
 
 LEARNS = {name: learns for learns, name in plan_report.METHODS.items()}
-
-
 RANK = 16
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jaxrm import machines
+from jaxrm import machines, processes
 
 FRACTIONS = 'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'  # the latter is deprecated
 FOLDER, LEAST = 'JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
@@ -37,3 +37,14 @@ def reserve(environ: MutableMapping[str, str]) -> None:
     """
     if not any(environ.get(name) for name in FRACTIONS):
         environ[FRACTIONS[0]] = str(machines.RESERVED)
+
+
+def begin(environ: MutableMapping[str, str]) -> bool:
+    """What a command does before it uses JAX: its memory, the run's other processes, its programs.
+
+    Returns, and raises, as `processes.join`.
+    """
+    reserve(environ)
+    several = processes.join(environ)
+    keep(environ)
+    return several

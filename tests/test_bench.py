@@ -18,15 +18,6 @@ from jaxrm import costs, packing
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Seconds pass only where a call says so."""
-    at = [0.0]
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: at[0])
-    monkeypatch.setattr(bench.time, 'monotonic', lambda: at[0])
-    return at
-
-
 def calls(clock, order, **seconds):
     def call(name):
         order.append(name)

@@ -15,15 +15,6 @@ from jaxrm import plan
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Seconds pass only where a call says so."""
-    at = [0.0]
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: at[0])
-    monkeypatch.setattr(bench.time, 'monotonic', lambda: at[0])
-    return at
-
-
 class Device:
     def memory_stats(self):
         return {'peak_bytes_in_use': 7}

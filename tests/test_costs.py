@@ -10,7 +10,7 @@ import numpy as np
 import plain
 import pytest
 
-from jaxrm import costs, flops, heads, lora, packing, plan_models, reward, train, tree
+from jaxrm import costs, flops, heads, packing, plan_compile, plan_models, reward, train, tree
 from jaxrm.backbones.layers import Config, Decoder, Kind
 
 LLAMA = Config(V=1009, D=96, F=200, L=5, Q=6, K=2, H=20)
@@ -37,17 +37,7 @@ def model(c, method):
 @functools.cache
 def parts(c, method):
     """(what learns, what is frozen) as shapes."""
-    key = jax.random.key(0)
-    backbone = jax.eval_shape(model(c, costs.SCORING).init_backbone, key)
-    head = {'kernel': jax.ShapeDtypeStruct((c.D, 1), jnp.float32)}
-    if method.learns == 'everything':
-        return {'backbone': backbone, 'head': head}, {}
-    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), backbone)
-    if not method.rank:
-        return {'head': head}, {'backbone': half}
-    targets = f'/({"|".join(method.targets)})/'
-    init = functools.partial(lora.init, rank=method.rank, targets=targets)
-    return {'lora': jax.eval_shape(init, backbone, key), 'head': head}, {'backbone': half}
+    return plan_compile.parts(model(c, costs.SCORING), method)
 
 
 @functools.cache
